@@ -1,0 +1,131 @@
+"""The flags every script shares, spelled as in llama-bench where it has them, checked before a model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+
+import devices
+import models
+from benchmark import Workload
+
+QUICK = {"new_tokens": 24, "repeats": 3, "quality_windows": 6}
+DEFAULTS = Workload()
+
+
+def build_parser(docstring: str, **kwargs) -> argparse.ArgumentParser:
+    """A parser whose `--help` opens with the script's own docstring and ends with the shared flags."""
+    parser = argparse.ArgumentParser(description=docstring, formatter_class=_Formatter, **kwargs)
+    shared = parser.add_argument_group("model and machine")
+    shared.add_argument("--model", "-m", default="auto", metavar="MODEL",
+        help="auto | tinyllama | smollm2-135m | tinyllama-random | <hub id> | <folder> | <file.gguf> (default: auto, TinyLlama "
+        "where it is cached or reachable, else the embedded SmolLM2-135M)")  # fmt: skip
+    shared.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: cuda, mps, cpu")
+    shared.add_argument("--threads", "-t", type=int, default=None, help="CPU threads (default: all physical cores)")
+    shared.add_argument("--results-dir", "-o", default="results", metavar="DIR", help="default: results")
+    work = parser.add_argument_group("workload")
+    work.add_argument("--prompt-tokens", "-p", type=int, default=None, help=f"default: {DEFAULTS.prompt_tokens}")
+    work.add_argument("--new-tokens", "-n", type=int, default=None, help=f"default: {DEFAULTS.new_tokens}")
+    work.add_argument("--depth", "-d", type=int, default=None, help="tokens in the cache before the prompt (default: 0)")
+    work.add_argument("--batch-size", "-b", type=int, default=None, help="default: 1")
+    work.add_argument("--repeats", "-r", type=int, default=None, help=f"interleaved pairs (default: {DEFAULTS.repeats})")
+    work.add_argument("--prompts-file", metavar="FILE", help="your own prompts, one a line")
+    work.add_argument("--text-file", metavar="FILE", help="your own evaluation text (UTF-8)")
+    work.add_argument("--quick", action="store_true", help="a few minutes: fewer tokens, pairs and windows")
+    work.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=28, width=110)
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse and check. Adds `source`, `config`, `torch_device`, `workload` and `prompts` to the namespace.
+
+    Anything wrong ends here: one sentence on stderr, exit code 2, no weights loaded.
+    """
+    args = parser.parse_args(argv)
+    try:
+        check_results_dir(Path(args.results_dir))
+        args.workload = make_workload(args)
+        args.prompts = read_prompts(args.prompts_file)
+        if args.text_file is not None:
+            from texts import load_text
+
+            load_text(text_file=args.text_file)
+        if args.threads is not None and not 1 <= args.threads <= (os.cpu_count() or 1):
+            raise ValueError(f"--threads {args.threads}: choose 1 to {os.cpu_count()}")
+        args.torch_device = devices.pick_device(args.device)
+        args.source = models.find_model(args.model)
+        args.config = models.load_config(args.source)
+        longest = max(args.workload.positions, args.workload.quality_window)
+        if longest > args.config.max_position_embeddings:
+            limit = args.config.max_position_embeddings
+            raise ValueError(f"--depth + --prompt-tokens + --new-tokens is {longest}: {args.source.name} has {limit} positions")
+    except ValueError as error:
+        fail(parser, error)
+    args.threads = args.threads or devices.default_threads()
+    torch.set_num_threads(args.threads)
+    if args.source.notice:
+        print(f"NOTE  {args.source.notice}", file=sys.stderr)
+    return args
+
+
+def fail(parser: argparse.ArgumentParser, error: Exception) -> None:
+    """One sentence, exit code 2."""
+    print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def make_workload(args: argparse.Namespace) -> Workload:
+    """The workload of `--quick` or of the defaults, with the flags the user gave on top. ValueError below 1."""
+    workload = replace(DEFAULTS, **(QUICK if args.quick else {}))
+    names = {field.name for field in fields(Workload)}
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    for name, value in given.items():
+        least = 0 if name in ("depth", "seed") else 1
+        if value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: choose {least} or more")
+    return replace(workload, **given)
+
+
+def read_prompts(prompts_file: str | None) -> list[str] | None:
+    if prompts_file is None:
+        return None
+    try:
+        lines = Path(prompts_file).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompts-file {prompts_file}: cannot be read as UTF-8 text ({error})") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts-file {prompts_file}: no prompt in it (one a line)")
+    return prompts
+
+
+def check_results_dir(folder: Path) -> None:
+    """Raises ValueError if nothing can be written there: better now than after the measurements."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--results-dir {folder}: cannot be written ({error.strerror})") from None
+
+
+def ratio(text: str) -> float:
+    """An argparse type: a number strictly between 0 and 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1") from None
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not strictly between 0 and 1")
+    return value

@@ -1,0 +1,120 @@
+"""The one place that knows about devices: choosing one, waiting for it, its memory and its half precision.
+
+Everything above asks here, so that a CUDA, MPS or CPU difference is written down once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import gc
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+MB = 1e6  # megabytes are powers of ten everywhere in this project
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` picks CUDA, then MPS, then CPU. Raises ValueError, in one sentence, for a device this machine lacks."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if name not in available:
+        raise ValueError(f"--device {name}: choose from auto, cpu, cuda, mps")
+    if not available[name]:
+        usable = ", ".join(device for device, present in available.items() if present)
+        raise ValueError(f"--device {name}: this machine and this build of torch offer only {usable}")
+    return torch.device(name)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished: without it a timer reads how fast work was queued."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def release_memory(device: torch.device) -> None:
+    """Give freed blocks back, so that a reading of memory sees what is alive rather than what was."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    elif sys.platform == "linux":
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed blocks otherwise
+        except (OSError, AttributeError):
+            pass  # musl and others have no malloc_trim and keep little
+
+
+def device_name(device: torch.device) -> str:
+    """The processor's own name, e.g. `AMD EPYC 7763` or `NVIDIA H100`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+@functools.cache
+def cpu_name() -> str:
+    """The CPU's marketing name where the system tells it, else its architecture."""
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def cpu_features() -> dict[str, bool]:
+    """What this CPU's vector units can do that matters here; a probe missing from this torch reads False."""
+    probes = {
+        "avx512": "_is_avx512_supported",
+        "vnni": "_is_vnni_supported",
+        "avx512_bf16": "_is_avx512_bf16_supported",
+        "amx": "_is_amx_tile_supported",
+        "amx_fp16": "_is_amx_fp16_supported",
+    }
+    return {name: bool(getattr(torch.cpu, probe, lambda: False)()) for name, probe in probes.items()}
+
+
+def has_half_arithmetic(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
+    """Whether products in `dtype` run in hardware on `device`, and a sentence that says why or why not.
+
+    A CPU without it still profits from *storing* weights in bf16 (half the bytes per decoded token), but multiplies
+    in fp32, so that prefill gains nothing; in fp16 it converts in software and loses on both.
+    """
+    if device.type != "cpu":
+        return True, f"{device.type} multiplies {dtype} in hardware"
+    if platform.machine() in ("arm64", "aarch64"):
+        return True, "ARM vector units multiply half precision"
+    features = cpu_features()
+    if dtype == torch.bfloat16:
+        native = features["avx512_bf16"] or features["amx"]
+        return native, "AVX512-BF16 or AMX" if native else "this CPU has neither AVX512-BF16 nor AMX-BF16"
+    return features["amx_fp16"], "AMX-FP16" if features["amx_fp16"] else "this CPU has no AMX-FP16"
+
+
+def power_source() -> str | None:
+    """`battery`, `mains`, or None where the machine does not say."""
+    battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+    if battery is None:
+        return None
+    return "mains" if battery.power_plugged else "battery"
+
+
+def default_threads() -> int:
+    """Physical cores this process may use: hyper-threads share the units that products run on."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+class Unsupported(RuntimeError):
+    """A technique that this device, CPU or build of torch cannot run; its message is the record's reason."""

@@ -1,0 +1,127 @@
+"""Llama models from GGUF files: each tensor is dequantised to float32 as it is read, so one copy exists at a time.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The converter reorders the rows of q_proj and
+k_proj for ggml's rotary embedding (pairs side by side instead of in two halves); `_half_split_rows` undoes it.
+"""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from models import empty_model, set_parameter
+
+TENSOR_NAMES = {
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+}  # fmt: skip
+TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+
+def read_config(path: Path) -> LlamaConfig:
+    """The architecture from the file's metadata. Raises ValueError if it is no GGUF file, damaged, or no Llama."""
+    return _config(_open(path), path)
+
+
+def load(path: Path) -> LlamaForCausalLM:
+    """The model in float32 on the CPU; raises ValueError like `read_config`, or where a tensor is missing."""
+    reader = _open(path)
+    config = _config(reader, path)
+    model = empty_model(config)
+    missing = {name for name, _ in model.named_parameters()}
+    for tensor in reader.tensors:
+        name = _parameter_name(tensor.name)
+        values = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32))
+        if ".q_proj." in name:
+            values = _half_split_rows(values, config.num_attention_heads)
+        elif ".k_proj." in name:
+            values = _half_split_rows(values, config.num_key_value_heads)
+        set_parameter(model, name, values)
+        missing.discard(name)
+    model.tie_weights()
+    if config.tie_word_embeddings:
+        missing.discard("lm_head.weight")
+    if missing:
+        raise ValueError(f"{path.name}: {len(missing)} tensors are missing, first {min(missing)}")
+    return model
+
+
+class _QuickReader(gguf.GGUFReader):
+    """Steps over the vocabulary. The library makes several arrays of each of its strings: seconds and 150 MB."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int):
+        if raw_type != gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        item_type, length = struct.unpack_from("<IQ", self.data, orig_offs)
+        offset = orig_offs + 12
+        if item_type == gguf.GGUFValueType.STRING:
+            for _ in range(length):
+                offset += 8 + struct.unpack_from("<Q", self.data, offset)[0]
+        elif item_type in (gguf.GGUFValueType.INT32, gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32):
+            offset += 4 * length
+        else:
+            return super()._get_field_parts(orig_offs, raw_type)
+        return offset - orig_offs, [], [], [gguf.GGUFValueType.ARRAY]
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"--model {path.name}: not a GGUF file (its first four bytes are not 'GGUF')")
+    try:
+        return _QuickReader(path)
+    except Exception as error:  # the reader trusts the file: a damaged one ends in any of a dozen exceptions
+        raise ValueError(f"--model {path.name}: damaged or truncated GGUF file ({type(error).__name__})") from None
+
+
+def _config(reader: gguf.GGUFReader, path: Path) -> LlamaConfig:
+    def field(key: str, default=None):
+        entry = reader.get_field(key)
+        if entry is None and default is None:
+            raise ValueError(f"--model {path.name}: the GGUF metadata lacks {key}")
+        return default if entry is None else entry.contents()
+
+    architecture = field("general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"--model {path.name}: architecture '{architecture}' is not of the Llama family")
+    names = {tensor.name for tensor in reader.tensors}
+    if "rope_freqs.weight" in names or reader.get_field("llama.rope.scaling.type") is not None:
+        raise ValueError(f"--model {path.name}: scaled rotary embeddings are not supported from GGUF; use safetensors")
+    heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
+    return LlamaConfig(
+        vocab_size=next(int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"),
+        hidden_size=width,
+        intermediate_size=field("llama.feed_forward_length"),
+        num_hidden_layers=field("llama.block_count"),
+        num_attention_heads=heads,
+        num_key_value_heads=field("llama.attention.head_count_kv", heads),
+        head_dim=field("llama.rope.dimension_count", width // heads),
+        max_position_embeddings=field("llama.context_length"),
+        rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": field("llama.rope.freq_base", 10000.0)},
+        tie_word_embeddings="output.weight" not in names,
+        bos_token_id=field("tokenizer.ggml.bos_token_id", 1),
+        eos_token_id=field("tokenizer.ggml.eos_token_id", 2),
+    )
+
+
+def _parameter_name(gguf_name: str) -> str:
+    stem, _, kind = gguf_name.rpartition(".")
+    if stem in TOP_NAMES:
+        return f"{TOP_NAMES[stem]}.{kind}"
+    _, block, part = stem.split(".")
+    if part not in TENSOR_NAMES:
+        raise ValueError(f"tensor {gguf_name} has no place in a Llama model")
+    return f"model.layers.{block}.{TENSOR_NAMES[part]}.{kind}"
+
+
+def _half_split_rows(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """[heads * head_dim, inputs] with rotary pairs side by side -> the two halves that transformers rotates."""
+    rows, inputs = weight.shape
+    return weight.view(heads, rows // heads // 2, 2, inputs).transpose(1, 2).reshape(rows, inputs).contiguous()

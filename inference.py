@@ -1,0 +1,44 @@
+"""What a user of an optimised model holds: `Inference(...)` loads, `.generate(prompt)` answers.
+
+Each technique's own small class (`QuantizedInference(...)` and so on) only adds its `apply` to this one.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import GenerationConfig
+
+import models
+from benchmark import new_cache
+from devices import pick_device
+
+
+class Inference:
+    """A model with its tokenizer. `model` is anything `--model` takes; `device` auto, cpu, cuda or mps.
+
+    Raises ValueError in one sentence for a model or device that cannot be had.
+    """
+
+    def __init__(self, model: str = "auto", *, device: str = "auto"):
+        source = models.find_model(model)
+        if source.notice:
+            print(f"NOTE  {source.notice}")
+        self.tokenizer = models.load_tokenizer(source)
+        self.model = models.load_model(source, device=pick_device(device))
+
+    def generate(self, prompt: str, *, max_new_tokens: int = 64, **generation_options) -> str:
+        """The continuation of `prompt`, greedy unless told otherwise; options go to transformers' `generate`."""
+        if self.tokenizer is None:
+            raise ValueError("random weights have no words: choose a model with a tokenizer")
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(self.model.device)
+        output = generate_ids(self.model, inputs.input_ids, max_new_tokens=max_new_tokens, **generation_options)
+        return self.tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+
+
+def generate_ids(model, input_ids: torch.Tensor, *, max_new_tokens: int, **generation_options) -> torch.Tensor:
+    """transformers' `generate` through the model's own KV cache; returns prompt and continuation, [B, P + new]."""
+    options = {"do_sample": False} | generation_options
+    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=model.generation_config.pad_token_id, **options)
+    config.eos_token_id = model.generation_config.eos_token_id
+    mask = torch.ones_like(input_ids)
+    return model.generate(input_ids, attention_mask=mask, past_key_values=new_cache(model), generation_config=config)

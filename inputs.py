@@ -1,0 +1,68 @@
+"""What a run feeds the model: token ids of the timed prompt, of the prompts to continue, and of the quality windows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+import quality
+from benchmark import Workload, test_prompts
+from texts import load_text
+
+CONTINUATION_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """`input_ids` [B, depth + P]; `prompts` and their ids; `windows` [W, T] or None with random weights."""
+
+    input_ids: torch.Tensor
+    prompts: list[str]
+    prompt_ids: list[list[int]]
+    windows: torch.Tensor | None
+    quality_protocol: dict | None
+
+
+def prepare(tokenizer, workload: Workload, *, vocab_size: int, prompts: list[str] | None, text_file: str | None) -> Inputs:
+    """Tokenise once, outside every measurement. Without a tokenizer (random weights) ids are seeded random numbers.
+
+    Raises ValueError, naming the flag, if the evaluation text is missing or too short.
+    """
+    length = workload.depth + workload.prompt_tokens
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(workload.seed)
+        ids = torch.randint(vocab_size, (workload.batch_size, length), generator=generator)
+        return Inputs(ids, [], [], None, None)
+    prompts = prompts or test_prompts
+    text = load_text(text_file=text_file)
+    windows = quality.cut_windows(
+        tokenizer(text.content).input_ids, windows=workload.quality_windows, window=workload.quality_window
+    )
+    protocol = {
+        "text": text.name, "text_sha256": text.sha256, "windows": len(windows), "window": windows.shape[1],
+        "stride": windows.shape[1], "chunk": workload.quality_chunk, "scored_tokens": windows.numel() - len(windows),
+        "bos": "as the tokenizer sets it at the start of the text, none per window", "log_softmax": "float32",
+    }  # fmt: skip
+    return Inputs(
+        input_ids=_timed_prompt(tokenizer, prompts, rows=workload.batch_size, length=length),
+        prompts=prompts,
+        prompt_ids=[tokenizer(prompt).input_ids for prompt in prompts],
+        windows=windows,
+        quality_protocol=protocol,
+    )
+
+
+def _timed_prompt(tokenizer, prompts: list[str], *, rows: int, length: int) -> torch.Tensor:
+    """Exactly `length` tokens a row: the prompts, then calibration text (natural text; random ids degenerate).
+
+    Row i starts at prompt i, so that the sequences of a batch differ.
+    """
+    filler = load_text("calibration").content[: 8 * length + 1000]
+    ids = []
+    for row in range(rows):
+        start = row % len(prompts)
+        text = "\n".join([*prompts[start:], *prompts[:start], filler[row * 97 :]])
+        row_ids = tokenizer(text).input_ids
+        ids.append((row_ids * (length // len(row_ids) + 1))[:length])
+    return torch.tensor(ids)

@@ -1,0 +1,133 @@
+"""The record of one recipe and the file they are gathered in: which keys exist, where it ran, how it is written.
+
+A quantity that was not measured is null, never 0 and never copied from the request.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+from datetime import datetime, timezone
+from pathlib import Path
+
+import psutil
+import torch
+import transformers
+
+from devices import MB, cpu_features, cpu_name, power_source
+
+SCHEMA_VERSION = 1
+TARGETS = {"decode_speedup": 1.6, "memory_change": -0.35, "perplexity_retention": 0.97}  # the original's promises
+
+RECORD_KEYS = (
+    "name", "title", "status", "reason", "steps", "repro", "model", "device", "dtype", "random_weights", "evidence", "notes",
+    "decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms", "tpot_ms", "load_s", "apply_s", "samples",
+    "peak_memory_mb", "runtime_memory_mb", "load_peak_memory_mb", "weights_mb", "kv_cache_mb", "memory_phases",
+    "model_size_mb", "parameters",
+    "perplexity", "perplexity_retention", "perplexity_retention_ci", "kl_divergence", "top1_agreement", "delta_nll",
+    "delta_nll_ci", "quality_protocol", "continuations",
+    "bytes_per_token", "mbu", "ceiling_speedup", "speedup", "speedup_ci", "prefill_speedup", "prefill_speedup_ci",
+    "verdict", "explanation", "targets_met",
+)  # fmt: skip
+
+
+def new_record(**known) -> dict:
+    """A record with every key of the contract, null unless given. Raises KeyError for a key the contract lacks."""
+    unknown = set(known) - set(RECORD_KEYS)
+    if unknown:
+        raise KeyError(f"not keys of a record: {sorted(unknown)}")
+    return {key: known.get(key) for key in RECORD_KEYS}
+
+
+def judge_targets(record: dict, baseline: dict) -> dict:
+    """Pass (True), miss (False) or not measured (None) for each promise of the original, and for all three at once."""
+    speedup = record["speedup"] or _ratio(record["decode_tokens_per_s"], baseline["decode_tokens_per_s"])
+    memory = _ratio(record["peak_memory_mb"], baseline["peak_memory_mb"])
+    retention = record["perplexity_retention"]
+    met = {
+        "speed": None if speedup is None else speedup >= TARGETS["decode_speedup"],
+        "memory": None if memory is None else memory - 1 <= TARGETS["memory_change"],
+        "quality": None if retention is None else retention >= TARGETS["perplexity_retention"],
+    }
+    known = [value for value in met.values() if value is not None]
+    return met | {"all": False if False in known else (True if len(known) == len(met) else None)}
+
+
+def _ratio(value: float | None, baseline: float | None) -> float | None:
+    return value / baseline if value and baseline else None
+
+
+def environment(*, device: torch.device, threads: int) -> dict:
+    """Everything about the machine and the software that a reader needs before believing a figure."""
+    return {
+        **_commit(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu": cpu_name(),
+        "cpu_features": [name for name, present in cpu_features().items() if present],
+        "vector_capability": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cores": psutil.cpu_count(logical=False) or os.cpu_count(),
+        "threads": threads,
+        "ram_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "os": platform.platform(),
+        "load_average": [round(value, 2) for value in psutil.getloadavg()],
+        "power_source": power_source(),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+@functools.cache
+def _commit() -> dict:
+    """The commit this code is at, and whether the tree differs from it; null outside a git checkout."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "HEAD")
+    code_changed = git("status", "--porcelain", "--", ".", ":!results", ":!README.md")
+    return {"commit": commit, "dirty": None if commit is None else bool(code_changed)}
+
+
+def save_json(path: Path, content: dict) -> None:
+    """Write atomically: a temporary file beside the target, fsync, rename. A reader sees the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(_finite(content), file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _finite(content):
+    """Floats rounded to seven significant digits (the rest is noise), NaN and infinity as null, so that it is JSON."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    if isinstance(content, float):
+        return float(f"{content:.7g}") if math.isfinite(content) else None
+    return content
+
+
+def file_size_mb(folder: Path) -> float:
+    """Bytes of all files below `folder`, in MB."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / MB

@@ -1,0 +1,92 @@
+"""The text that quality is measured on, and the text that techniques may calibrate on: never the same.
+
+wikitext-2-raw through `datasets` where it is cached or reachable; else the Lee news corpus (300 short documents,
+carried by the package gensim): its first 200 documents are calibration, the last 100 evaluation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from models import carried_file
+
+LEE_CORPUS = ("gensim", "gensim/test/test_data/lee_background.cor")
+LEE_SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"
+LEE_CALIBRATION_DOCUMENTS = 200
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text with the name that records show for it."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+def load_text(part: str = "evaluation", *, text_file: str | None = None) -> Text:
+    """`evaluation` or `calibration` text. Raises ValueError, naming the flag, if there is none to be had.
+
+    `text_file` replaces the evaluation text; calibration text stays what it is, so the two cannot overlap.
+    """
+    if part not in ("evaluation", "calibration"):
+        raise ValueError(f"unknown part {part!r}: choose evaluation or calibration")
+    if text_file is not None and part == "evaluation":
+        return _read_text_file(text_file)
+    wikitext = _wikitext(part)
+    return wikitext if wikitext is not None else _lee_news(part)
+
+
+def _read_text_file(text_file: str) -> Text:
+    path = Path(text_file).expanduser()
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--text-file {text_file}: cannot be read as UTF-8 text ({error})") from None
+    if not content.strip():
+        raise ValueError(f"--text-file {text_file}: the file is empty")
+    return Text(path.name, content)
+
+
+def _wikitext(part: str) -> Text | None:
+    """wikitext-2-raw, joined as in the GPTQ and Wanda papers; None where it is neither cached nor reachable."""
+    import socket
+
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
+    if not offline:
+        try:
+            socket.getaddrinfo("huggingface.co", 443)
+        except OSError:
+            offline = True
+    if offline and not _wikitext_cached():
+        return None  # importing `datasets` takes seconds, and its own retries a minute: ask only where it can answer
+    try:
+        import datasets
+
+        split = {"evaluation": "test", "calibration": "train"}[part]
+        lines = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"][:20_000]
+    except Exception:  # the loader raises a dozen kinds when a server is unreachable; the fallback is the answer to all
+        return None
+    return Text(f"wikitext-2-raw {split}", "\n\n".join(lines))
+
+
+def _wikitext_cached() -> bool:
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
+    return any(cache.glob("*wikitext*"))
+
+
+def _lee_news(part: str) -> Text:
+    path = carried_file(*LEE_CORPUS, sha256=LEE_SHA256)
+    documents = path.read_text(encoding="utf-8").splitlines()
+    if part == "calibration":
+        name, chosen = "Lee news corpus, documents 1-200", documents[:LEE_CALIBRATION_DOCUMENTS]
+    else:
+        name, chosen = "Lee news corpus, documents 201-300", documents[LEE_CALIBRATION_DOCUMENTS:]
+    return Text(name, "\n".join(chosen))
