@@ -13,7 +13,6 @@ setup: $(STAMP)
 # The stamp is newer than the requirement files once everything in them is installed.
 $(STAMP): requirements.txt requirements-embedded.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip==26.2
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-embedded.txt
 	touch $(STAMP)

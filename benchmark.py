@@ -38,7 +38,7 @@ class Workload:
     """The fixed work of a run. `depth` tokens are already in the cache before the timed prompt arrives."""
 
     prompt_tokens: int = 128
-    new_tokens: int = 128
+    new_tokens: int = 64
     depth: int = 0
     batch_size: int = 1
     repeats: int = 5
@@ -189,6 +189,29 @@ def count_parameters(model) -> int:
                 total += parameter.numel()
                 seen.add(id(parameter))
     return total
+
+
+@torch.inference_mode()
+def first_non_finite_module(model, input_ids: torch.Tensor) -> str | None:
+    """Name of the first module, in order of execution, whose output is NaN or infinite; None if none is."""
+    found: list[str] = []
+
+    def watch(name):
+        def hook(_module, _arguments, output):
+            tensors = output if isinstance(output, tuple) else (output,)
+            if not found and not all(t.isfinite().all() for t in tensors if isinstance(t, torch.Tensor)):
+                found.append(name)
+
+        return hook
+
+    leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+    handles = [module.register_forward_hook(watch(name)) for name, module in leaves]
+    try:
+        model(input_ids=input_ids, past_key_values=new_cache(model), use_cache=True, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None
 
 
 def main_dtype(model) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 import tempfile
@@ -28,17 +29,26 @@ def build_parser(docstring: str, **kwargs) -> argparse.ArgumentParser:
         "where it is cached or reachable, else the embedded SmolLM2-135M)")  # fmt: skip
     shared.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: cuda, mps, cpu")
     shared.add_argument("--threads", "-t", type=int, default=None, help="CPU threads (default: all physical cores)")
-    shared.add_argument("--results-dir", "-o", default="results", metavar="DIR", help="default: results")
     work = parser.add_argument_group("workload")
     work.add_argument("--prompt-tokens", "-p", type=int, default=None, help=f"default: {DEFAULTS.prompt_tokens}")
     work.add_argument("--new-tokens", "-n", type=int, default=None, help=f"default: {DEFAULTS.new_tokens}")
-    work.add_argument("--depth", "-d", type=int, default=None, help="tokens in the cache before the prompt (default: 0)")
-    work.add_argument("--batch-size", "-b", type=int, default=None, help="default: 1")
-    work.add_argument("--repeats", "-r", type=int, default=None, help=f"interleaved pairs (default: {DEFAULTS.repeats})")
+    work.add_argument("--depth", "-d", type=int_list, default=None, metavar="D[,D...]",
+        help="tokens in the cache before the prompt; the first is the main workload, the others become a chart (default: 0)")  # fmt: skip
+    work.add_argument("--batch-size", "-b", type=int_list, default=None, metavar="B[,B...]", help="likewise (default: 1)")
+    work.add_argument("--repeats", "-r", type=int, default=None, help=f"least interleaved pairs (default: {DEFAULTS.repeats})")
+    work.add_argument("--precision", type=ratio, default=0.02,
+        help="go on until the speed-up's interval is narrower than +- this (default: %(default)s)")  # fmt: skip
+    work.add_argument("--budget-s", type=float, default=None,
+        help="... or until a recipe has taken this long (default: 30, with --quick 10)")  # fmt: skip
     work.add_argument("--prompts-file", metavar="FILE", help="your own prompts, one a line")
     work.add_argument("--text-file", metavar="FILE", help="your own evaluation text (UTF-8)")
     work.add_argument("--quick", action="store_true", help="a few minutes: fewer tokens, pairs and windows")
     work.add_argument("--seed", type=int, default=0)
+    out = parser.add_argument_group("output")
+    out.add_argument("--results-dir", "-o", default="results", metavar="DIR", help="default: results")
+    out.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
+        help="skip recipes that were finished here with the same options, code and machine (default: yes)")  # fmt: skip
+    out.add_argument("--json", action="store_true", help="one line of JSON on stdout instead of the table")
     return parser
 
 
@@ -55,7 +65,12 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     args = parser.parse_args(argv)
     try:
         check_results_dir(Path(args.results_dir))
-        args.workload = make_workload(args)
+        depths, batch_sizes = args.depth or [DEFAULTS.depth], args.batch_size or [DEFAULTS.batch_size]
+        args.workload = make_workload(args, depth=depths[0], batch_size=batch_sizes[0])
+        if min(batch_sizes) < 1:
+            raise ValueError(f"--batch-size {min(batch_sizes)}: choose 1 or more")
+        args.axes = list(itertools.product(depths, batch_sizes))[1:]
+        args.budget_s = args.budget_s or (10.0 if args.quick else 30.0)
         args.prompts = read_prompts(args.prompts_file)
         if args.text_file is not None:
             from texts import load_text
@@ -66,7 +81,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         args.torch_device = devices.pick_device(args.device)
         args.source = models.find_model(args.model)
         args.config = models.load_config(args.source)
-        longest = max(args.workload.positions, args.workload.quality_window)
+        deepest = max([args.workload.depth, *(depth for depth, _ in args.axes)])
+        longest = max(args.workload.positions - args.workload.depth + deepest, args.workload.quality_window)
         if longest > args.config.max_position_embeddings:
             limit = args.config.max_position_embeddings
             raise ValueError(f"--depth + --prompt-tokens + --new-tokens is {longest}: {args.source.name} has {limit} positions")
@@ -85,11 +101,11 @@ def fail(parser: argparse.ArgumentParser, error: Exception) -> None:
     raise SystemExit(2)
 
 
-def make_workload(args: argparse.Namespace) -> Workload:
+def make_workload(args: argparse.Namespace, **axes: int) -> Workload:
     """The workload of `--quick` or of the defaults, with the flags the user gave on top. ValueError below 1."""
     workload = replace(DEFAULTS, **(QUICK if args.quick else {}))
     names = {field.name for field in fields(Workload)}
-    given = {name: value for name, value in vars(args).items() if name in names and value is not None}
+    given = {name: value for name, value in vars(args).items() if name in names and value is not None} | axes
     for name, value in given.items():
         least = 0 if name in ("depth", "seed") else 1
         if value < least:
@@ -118,6 +134,17 @@ def check_results_dir(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--results-dir {folder}: cannot be written ({error.strerror})") from None
+
+
+def int_list(text: str) -> list[int]:
+    """An argparse type: whole numbers separated by commas, none negative."""
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,512,1536") from None
+    if min(values) < 0:
+        raise argparse.ArgumentTypeError(f"{text} holds a negative number")
+    return values
 
 
 def ratio(text: str) -> float:

@@ -53,6 +53,13 @@ def release_memory(device: torch.device) -> None:
             pass  # musl and others have no malloc_trim and keep little
 
 
+def available_memory_mb(device: torch.device) -> float:
+    """What a new model could use now, in MB; for MPS the machine's own memory, which it shares."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / MB
+    return psutil.virtual_memory().available / MB
+
+
 def device_name(device: torch.device) -> str:
     """The processor's own name, e.g. `AMD EPYC 7763` or `NVIDIA H100`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
 
 import quality
-from benchmark import Workload, test_prompts
+from benchmark import test_prompts
 from texts import load_text
 
 CONTINUATION_TOKENS = 32
@@ -23,19 +24,28 @@ class Inputs:
     windows: torch.Tensor | None
     quality_protocol: dict | None
 
+    @property
+    def sha256(self) -> str:
+        """One hash of everything that is fed to the model while timing and continuing."""
+        return hashlib.sha256(repr((self.input_ids.tolist(), self.prompt_ids)).encode()).hexdigest()
 
-def prepare(tokenizer, workload: Workload, *, vocab_size: int, prompts: list[str] | None, text_file: str | None) -> Inputs:
-    """Tokenise once, outside every measurement. Without a tokenizer (random weights) ids are seeded random numbers.
+
+def prepare(tokenizer, args, *, vocab_size: int) -> Inputs:
+    """Tokenise once, outside every measurement: as many rows and tokens as the largest batch and depth need.
+
+    `args` come from `cli.parse`. Without a tokenizer (random weights) ids are seeded random numbers.
 
     Raises ValueError, naming the flag, if the evaluation text is missing or too short.
     """
-    length = workload.depth + workload.prompt_tokens
+    workload = args.workload
+    rows = max([workload.batch_size, *(batch_size for _, batch_size in args.axes)])
+    length = max([workload.depth, *(depth for depth, _ in args.axes)]) + workload.prompt_tokens
     if tokenizer is None:
         generator = torch.Generator().manual_seed(workload.seed)
-        ids = torch.randint(vocab_size, (workload.batch_size, length), generator=generator)
+        ids = torch.randint(vocab_size, (rows, length), generator=generator)
         return Inputs(ids, [], [], None, None)
-    prompts = prompts or test_prompts
-    text = load_text(text_file=text_file)
+    prompts = args.prompts or test_prompts
+    text = load_text(text_file=args.text_file)
     windows = quality.cut_windows(
         tokenizer(text.content).input_ids, windows=workload.quality_windows, window=workload.quality_window
     )
@@ -45,7 +55,7 @@ def prepare(tokenizer, workload: Workload, *, vocab_size: int, prompts: list[str
         "bos": "as the tokenizer sets it at the start of the text, none per window", "log_softmax": "float32",
     }  # fmt: skip
     return Inputs(
-        input_ids=_timed_prompt(tokenizer, prompts, rows=workload.batch_size, length=length),
+        input_ids=_timed_prompt(tokenizer, prompts, rows=rows, length=length),
         prompts=prompts,
         prompt_ids=[tokenizer(prompt).input_ids for prompt in prompts],
         windows=windows,

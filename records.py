@@ -6,6 +6,8 @@ A quantity that was not measured is null, never 0 and never copied from the requ
 from __future__ import annotations
 
 import functools
+import hashlib
+import importlib
 import json
 import math
 import os
@@ -32,7 +34,8 @@ RECORD_KEYS = (
     "perplexity", "perplexity_retention", "perplexity_retention_ci", "kl_divergence", "top1_agreement", "delta_nll",
     "delta_nll_ci", "quality_protocol", "continuations",
     "bytes_per_token", "mbu", "ceiling_speedup", "speedup", "speedup_ci", "prefill_speedup", "prefill_speedup_ci",
-    "verdict", "explanation", "targets_met",
+    "prefill_verdict", "smallest_resolved", "verdict", "overhead_ms", "captured", "explanation", "retention_verdicts", "axes",
+    "targets_met",
 )  # fmt: skip
 
 
@@ -44,28 +47,25 @@ def new_record(**known) -> dict:
     return {key: known.get(key) for key in RECORD_KEYS}
 
 
-def judge_targets(record: dict, baseline: dict) -> dict:
-    """Pass (True), miss (False) or not measured (None) for each promise of the original, and for all three at once."""
-    speedup = record["speedup"] or _ratio(record["decode_tokens_per_s"], baseline["decode_tokens_per_s"])
-    memory = _ratio(record["peak_memory_mb"], baseline["peak_memory_mb"])
-    retention = record["perplexity_retention"]
-    met = {
-        "speed": None if speedup is None else speedup >= TARGETS["decode_speedup"],
-        "memory": None if memory is None else memory - 1 <= TARGETS["memory_change"],
-        "quality": None if retention is None else retention >= TARGETS["perplexity_retention"],
-    }
-    known = [value for value in met.values() if value is not None]
-    return met | {"all": False if False in known else (True if len(known) == len(met) else None)}
+def busy_notice(environment: dict) -> str | None:
+    """What to tell the user where something else is running on this machine already."""
+    load = environment["load_average"][0]
+    if load < 0.5:
+        return None
+    return f"the machine is busy (load average {load:.1f} before the run): intervals will be wider"
 
 
-def _ratio(value: float | None, baseline: float | None) -> float | None:
-    return value / baseline if value and baseline else None
+def resolved(technique: str, options: dict) -> dict:
+    """`options` with the defaults of the technique's `apply` filled in, so that a record stands alone."""
+    defaults = importlib.import_module(f"optimizations.{technique}").apply.__kwdefaults__ or {}
+    return defaults | options
 
 
 def environment(*, device: torch.device, threads: int) -> dict:
     """Everything about the machine and the software that a reader needs before believing a figure."""
     return {
         **_commit(),
+        "code_sha256": _code_sha256(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -100,14 +100,30 @@ def _commit() -> dict:
     return {"commit": commit, "dirty": None if commit is None else bool(code_changed)}
 
 
+@functools.cache
+def _code_sha256() -> str:
+    """One hash of all the code that measures: an edited kernel must not resume into the old one's results."""
+    root = Path(__file__).parent
+    files = sorted([*root.glob("*.py"), *root.glob("kernels/*"), *root.glob("optimizations/*.py")])
+    digest = hashlib.sha256()
+    for file in files:
+        if file.is_file() and file.name not in ("report.py", "charts.py"):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def save_json(path: Path, content: dict) -> None:
-    """Write atomically: a temporary file beside the target, fsync, rename. A reader sees the old file or the new."""
+    """Write atomically; floats keep seven significant digits, what is not finite becomes null."""
+    write_atomically(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A temporary file beside the target, fsync, rename: a reader sees the old file or the new, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(_finite(content), file, indent=1, allow_nan=False)
-            file.write("\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)

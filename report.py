@@ -8,8 +8,6 @@ Generated parts of a README stand between a pair of HTML comments; FOLDER is rel
 
     results:FOLDER         both tables           <!-- results:results -->...<!-- /results:results -->
     row:FOLDER:RECIPE      one sentence          <!-- row:results:int8 -->...<!-- /row:results:int8 -->
-
-A quantity that was not measured says so; it is never shown as zero.
 """
 
 import argparse
@@ -87,8 +85,8 @@ def speedup(record, baseline, kind=""):
 
 
 def amount(value, places=None):
-    """A number at reading precision: three digits below 100, whole above; `places` fixes the decimals."""
-    if places is None:
+    """A number at reading precision: three digits below 100, whole above; `places` asks for other decimals."""
+    if places is None or abs(value) >= 1000:
         places = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
     return f"{value:.{places}f}" if abs(value) < 1e6 else f"{value:.2e}"
 
@@ -98,14 +96,15 @@ def percent(factor, ends=None, places=None):
     if factor is None:
         return ""
     places = (1 if abs(factor - 1) < 0.0995 else 0) if places is None else places
-    # Adding 0.0 turns a rounded -0.0 into 0.0.
-    texts = [f"{round(100 * (each - 1), places) + 0.0:+.{places}f}" for each in (factor, *(ends or ()))]
+    texts = [f"{100 * (each - 1):+.{places}f}" for each in (factor, *(ends or ()))]
+    texts = [text.lstrip("+-") if float(text) == 0 else text for text in texts]
     return f"{texts[0]} %" + (f" [{', '.join(texts[1:])}]" if ends else "")
 
 
 def times(value, ends=None):
-    """A speed-up as 1.47x, with its interval where there is one."""
-    return f"{value:.2f}x" + (f" [{ends[0]:.2f}, {ends[1]:.2f}]" if ends else "")
+    """A speed-up as 1.47x, near 1 as 1.047x, with its interval where there is one."""
+    places = 3 if abs(value - 1) < 0.0995 else 2
+    return f"{value:.{places}f}x" + (f" [{ends[0]:.{places}f}, {ends[1]:.{places}f}]" if ends else "")
 
 
 def describe(consolidated):
@@ -231,7 +230,9 @@ def row_sentence(consolidated, name):
         return escape(f"No result - {row[1]}")
     speed = f"{times(factor, ends)}, " if factor is not None and record is not baseline else ""
     speed += f"{row[1].split(' (')[0]} tokens/s" + (f" ({record['verdict']})" if record.get("verdict") else "")
-    quality = f"perplexity {row[4]}" + (f" ({RANDOM})" if record.get("random_weights") else "")
+    quality = f"perplexity {row[4].replace('(', '(retention ')}" + (
+        f" ({RANDOM})" if record.get("random_weights") else ""
+    )
     return escape(f"Measured: decode {speed}; peak memory in MB {row[2]}; model size in MB {row[3]}; {quality}.")
 
 
@@ -239,9 +240,8 @@ def row_sentence(consolidated, name):
 def update_readme(readme_path, folders=None, check=False):
     """Bring the generated parts of a README up to date and return the markers that had drifted.
 
-    Every marker in the file is checked; `folders` (relative to the README) limits the rewriting to some of
-    them, None means all. With check=True nothing is written. A marker without its end, or of an unknown
-    folder or recipe, is a ValueError that names it.
+    `folders` (relative to the README) limits this to the markers of some folders. With check=True nothing is
+    written. A marker without its end, or of an unknown folder or recipe, is a ValueError that names it.
     """
     path = Path(readme_path)
     text, root = path.read_text(encoding="utf-8"), path.parent

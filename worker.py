@@ -68,6 +68,10 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        return self._process.is_alive()
+
     def call(self, command: str, **arguments):
         try:
             self._connection.send((command, arguments))
@@ -110,6 +114,8 @@ def _serve(connection, job: Job) -> None:
             return  # the parent is gone or has closed its end
         try:
             reply = ("ok", getattr(worker, command)(**arguments))
+        except FloatingPointError as error:
+            reply = ("error", "failed", f"{error}; {worker.first_bad_layer()}", "")
         except Exception as error:  # whatever a recipe raises becomes its record's reason; the parent goes on
             reply = ("error", *_classify(error), traceback.format_exc())
         connection.send(reply)
@@ -121,7 +127,7 @@ def _classify(error: Exception) -> tuple[str, str]:
         return "unsupported", reason
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in reason:
         return "oom", reason
-    if isinstance(error, ValueError | FloatingPointError):
+    if isinstance(error, ValueError):
         return "failed", reason
     return "failed", f"{type(error).__name__}: {reason}"
 
@@ -135,23 +141,28 @@ class _Worker:
         torch.set_num_threads(job.threads)
         self.model = None
         self.runtime_mb = 0.0
+        self.phases: dict = {}
 
     def load(self) -> dict:
-        """Load, then apply each step. What is resident before that is the runtime's share, not the model's."""
+        """Load, then apply each step, each with its own peak. What is resident before is the runtime's share."""
         torch.ones(256, 256).matmul(torch.ones(256, 256))  # the first product maps the BLAS libraries
         self.runtime_mb = resident_mb() if self.device.type == "cpu" else 0.0
-        with PeakMemory(self.device) as peak:
+        with PeakMemory(self.device) as load_peak:
             start = time.perf_counter()
             self.model = models.load_model(self.job.source, device=self.device, seed=self.job.workload.seed)
-            loaded = time.perf_counter()
+            load_s = time.perf_counter() - start
+        self.phases["load_peak_mb"] = load_peak.peak_mb - self.runtime_mb
+        with PeakMemory(self.device) as apply_peak:
+            start = time.perf_counter()
             for technique, options in self.job.steps:
                 self.model = importlib.import_module(f"optimizations.{technique}").apply(self.model, **options)
-            applied = time.perf_counter()
+            apply_s = time.perf_counter() - start
+        self.phases["apply_peak_mb"] = apply_peak.peak_mb - self.runtime_mb if self.job.steps else None
         release_memory(self.device)
         return {
-            "load_s": loaded - start,
-            "apply_s": applied - loaded if self.job.steps else None,
-            "load_peak_memory_mb": peak.peak_mb - self.runtime_mb,
+            "load_s": load_s,
+            "apply_s": apply_s if self.job.steps else None,
+            "load_peak_memory_mb": max(load_peak.peak_mb, apply_peak.peak_mb) - self.runtime_mb,
             "runtime_memory_mb": self.runtime_mb or None,
             "weights_mb": benchmark.weight_bytes(self.model) / MB,
             "parameters": benchmark.count_parameters(self.model),
@@ -162,22 +173,27 @@ class _Worker:
         }
 
     def memory(self) -> dict:
-        """Peak of prefill + decode above the runtime, in a pass of its own."""
+        """Peaks of prefill and decode above the runtime, in a pass of its own, and what of the peak has a name."""
         work = self.job.workload
-        phases = benchmark.measure_memory(self.model, self._inputs(), new_tokens=work.new_tokens, depth=work.depth)
+        measured = benchmark.measure_memory(self.model, self._inputs(), new_tokens=work.new_tokens, depth=work.depth)
         for phase in ("prefill_peak_mb", "decode_peak_mb"):
-            phases[phase] -= self.runtime_mb
-        peak = max(phases["prefill_peak_mb"], phases["decode_peak_mb"])
-        return {"peak_memory_mb": peak, "kv_cache_mb": phases["kv_cache_mb"], "memory_phases": phases}
+            self.phases[phase] = measured[phase] - self.runtime_mb
+        peak = max(self.phases["prefill_peak_mb"], self.phases["decode_peak_mb"])
+        named = benchmark.weight_bytes(self.model) / MB + measured["kv_cache_mb"]
+        self.phases |= {"method": measured["method"], "interval_ms": measured["interval_ms"], "unnamed_mb": peak - named}
+        return {"peak_memory_mb": peak, "kv_cache_mb": measured["kv_cache_mb"], "memory_phases": self.phases}
 
     def size(self) -> float | None:
-        """MB of the files that hold the model, really written; None where the disk has no room for them."""
+        """MB of the files that hold the model, really written (and deleted again); None where the disk has no room."""
         needed = benchmark.weight_bytes(self.model)
         if shutil.disk_usage(self.job.scratch_dir).free < 1.1 * needed + 1e9:
             return None
-        with tempfile.TemporaryDirectory(dir=self.job.scratch_dir) as folder:
-            saving.save_model(self.model, Path(folder))
-            return file_size_mb(Path(folder))
+        try:
+            with tempfile.TemporaryDirectory(dir=self.job.scratch_dir) as folder:
+                saving.save_model(self.model, Path(folder))
+                return file_size_mb(Path(folder))
+        except OSError:
+            return None
 
     def score_baseline(self, windows: torch.Tensor, reference_file: str) -> dict:
         reference = quality.score_baseline(self.model, windows, chunk=self.job.workload.quality_chunk)
@@ -196,8 +212,21 @@ class _Worker:
     def block(self) -> dict[str, float]:
         """One timed generation."""
         work = self.job.workload
-        timing = benchmark.time_generation(self.model, self._inputs(), new_tokens=work.new_tokens, depth=work.depth)
-        return timing.rates(work.prompt_tokens)
+        return self.point(depth=work.depth, batch_size=work.batch_size)["rates"]
 
-    def _inputs(self) -> torch.Tensor:
-        return self.job.input_ids.to(self.device)
+    def point(self, depth: int, batch_size: int) -> dict:
+        """One timed generation of `batch_size` sequences with `depth` tokens before the prompt."""
+        work = self.job.workload
+        ids = self._inputs(depth, batch_size)
+        timing = benchmark.time_generation(self.model, ids, new_tokens=work.new_tokens, depth=depth)
+        return {"rates": timing.rates(work.prompt_tokens), "kv_cache_mb": timing.kv_cache_bytes / MB}
+
+    def first_bad_layer(self) -> str:
+        """Which layer's output first stops being finite: where to look."""
+        name = benchmark.first_non_finite_module(self.model, self._inputs())
+        return f"first in {name}" if name else "no layer of a plain forward pass shows it"
+
+    def _inputs(self, depth: int | None = None, batch_size: int | None = None) -> torch.Tensor:
+        work = self.job.workload
+        length = (work.depth if depth is None else depth) + work.prompt_tokens
+        return self.job.input_ids[: batch_size or work.batch_size, :length].to(self.device)

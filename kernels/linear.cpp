@@ -228,7 +228,8 @@ Tensor bf16_linear(const Tensor& x, const Tensor& w, const optional<Tensor>& bia
 }  // namespace
 
 TORCH_LIBRARY(tinyopt, m) {
-  m.def("select_variant(str name) -> str", select_variant);
+  m.def("select_variant(str name) -> str", select_variant);  // for tests: every variant this CPU runs
+  m.def("cpu_variant() -> str", [] { return std::string(active->name); });
   m.def("pack_int8(Tensor w) -> Tensor");
   m.def("unpack_int8(Tensor packed, int N, int K) -> Tensor");
   m.def("int8_linear(Tensor x, Tensor packed, Tensor w_scale, int group_size, Tensor? bias=None) -> Tensor");

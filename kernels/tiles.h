@@ -20,7 +20,10 @@
 
 namespace {
 
-constexpr int kRows = 4;       // 4 rows x 2 vectors = 8 accumulators, which leaves registers for weights: 6 rows spill
+#ifndef KR
+#define KR 4
+#endif
+constexpr int kRows = KR;       // 4 rows x 2 vectors = 8 accumulators, which leaves registers for weights: 6 rows spill
 constexpr int kChannels = 16;  // output channels in a panel
 
 // One call of an inner loop: up to kRows rows times one panel, over all of K.
@@ -93,6 +96,8 @@ void bf16_portable(const Tile& t) {
 #if defined(__x86_64__)
 // ---- inner loops, AVX2 ----
 
+constexpr int kPrefetch = 1024;  // bytes ahead: 10-15 % more bandwidth at one row; reading past the end is harmless
+
 // Bytes are widened to int16 pairs and multiplied by vpmaddwd, which is exact. vpmaddubsw (8-bit, as in most int8
 // libraries) would saturate at 255 * 127 * 2, and its sign juggling costs more than the two shifts here.
 template <int R>
@@ -106,14 +111,22 @@ TARGET_AVX2 void int8_avx2(const Tile& t) {
     __m256i sum[R][2] = {};
     for (const int64_t end = std::min(s + group_steps, steps); s < end; ++s) {
       const __m256i a = _mm256_loadu_si256(w0 + s), b = _mm256_loadu_si256(w1 + s);
-      const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), a_odd = _mm256_srai_epi16(a, 8);
-      const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8), b_odd = _mm256_srai_epi16(b, 8);
+      _mm_prefetch(w0 + s + kPrefetch / 32, _MM_HINT_T0);
+      _mm_prefetch(w1 + s + kPrefetch / 32, _MM_HINT_T0);
+      const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
+      const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8);
       for (int r = 0; r < R; ++r) {
-        const __m256i even = _mm256_set1_epi32(x[r * stride + 2 * s]), odd = _mm256_set1_epi32(x[r * stride + 2 * s + 1]);
-        sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a_even, even));
-        sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b_even, even));
-        sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a_odd, odd));
-        sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b_odd, odd));
+        const __m256i v = _mm256_set1_epi32(x[r * stride + 2 * s]);
+        sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a_even, v));
+        sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b_even, v));
+      }
+      asm volatile("" ::: "memory");  // load the weights again below: kept, they would push sums out of registers
+      const __m256i a_odd = _mm256_srai_epi16(_mm256_loadu_si256(w0 + s), 8);
+      const __m256i b_odd = _mm256_srai_epi16(_mm256_loadu_si256(w1 + s), 8);
+      for (int r = 0; r < R; ++r) {
+        const __m256i v = _mm256_set1_epi32(x[r * stride + 2 * s + 1]);
+        sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a_odd, v));
+        sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b_odd, v));
       }
     }
     for (int r = 0; r < R; ++r) {
@@ -129,27 +142,34 @@ TARGET_AVX2 void int8_avx2(const Tile& t) {
 
 template <int R>
 TARGET_AVX2 void weight_only_avx2(const Tile& t) {
+  constexpr int kParts = R == 1 ? 4 : R == 2 ? 2 : 1;  // an FMA takes 4 cycles: 8 independent sums hide that
   const auto* x = static_cast<const float*>(t.x);
   const auto *w0 = static_cast<const __m256i*>(t.w[0]), *w1 = static_cast<const __m256i*>(t.w[1]);
   const int64_t steps = ceil_div(t.k, 4), group_steps = ceil_div(t.group, 4), groups = ceil_div(t.k, t.group);
   __m256 out[R][2] = {};
   for (int64_t g = 0, s = 0; g < groups; ++g) {
-    __m256 sum[R][2] = {};
+    __m256 sum[kParts][R][2] = {};
     for (const int64_t end = std::min(s + group_steps, steps); s < end; ++s) {
       const __m256i a = _mm256_loadu_si256(w0 + s), b = _mm256_loadu_si256(w1 + s);
+      _mm_prefetch(w0 + s + kPrefetch / 32, _MM_HINT_T0);
+      _mm_prefetch(w1 + s + kPrefetch / 32, _MM_HINT_T0);
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
         const __m256 fa = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a, 24 - 8 * k), 24));
         const __m256 fb = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(b, 24 - 8 * k), 24));
         for (int r = 0; r < R; ++r) {
           const __m256 v = _mm256_set1_ps(x[r * t.x_stride + 4 * s + k / 2 + k % 2 * 2]);
-          sum[r][0] = _mm256_fmadd_ps(fa, v, sum[r][0]);
-          sum[r][1] = _mm256_fmadd_ps(fb, v, sum[r][1]);
+          sum[k % kParts][r][0] = _mm256_fmadd_ps(fa, v, sum[k % kParts][r][0]);
+          sum[k % kParts][r][1] = _mm256_fmadd_ps(fb, v, sum[k % kParts][r][1]);
         }
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < 2; ++i) out[r][i] = _mm256_fmadd_ps(sum[r][i], _mm256_loadu_ps(t.w_scale + g * kChannels + 8 * i), out[r][i]);
+    for (int r = 0; r < R; ++r) {
+      for (int i = 0; i < 2; ++i) {
+        for (int p = 1; p < kParts; ++p) sum[0][r][i] = _mm256_add_ps(sum[0][r][i], sum[p][r][i]);
+        out[r][i] = _mm256_fmadd_ps(sum[0][r][i], _mm256_loadu_ps(t.w_scale + g * kChannels + 8 * i), out[r][i]);
+      }
+    }
   }
   for (int r = 0; r < R; ++r)
     for (int i = 0; i < 2; ++i) _mm256_storeu_ps(t.out + r * kChannels + 8 * i, out[r][i]);
@@ -165,29 +185,26 @@ template <int R>
 TARGET_AVX2 void bf16_avx2(const Tile& t) {
   const auto* x = static_cast<const float*>(t.x);
   const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-  for (int c = 0; c < t.channels; c += 2) {
-    const uint16_t* w[2] = {static_cast<const uint16_t*>(t.w[0]) + c * t.k, nullptr};
-    w[1] = c + 1 < t.channels ? w[0] + t.k : w[0];
+  for (int c = 0; c < t.channels; ++c) {
+    const uint16_t* w = static_cast<const uint16_t*>(t.w[0]) + c * t.k;
     __m256 sum[R][2] = {};
     for (int64_t k = 0; k < t.k; k += 16) {
-      for (int i = 0; i < 2; ++i) {
-        __m256i word;
-        if (k + 16 <= t.k) {
-          word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w[i] + k));
-        } else {  // the last row may end at the end of its allocation
-          word = _mm256_setzero_si256();
-          std::memcpy(&word, w[i] + k, 2 * (t.k - k));
-        }
-        const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(word, 16));
-        const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(word, upper));
-        for (int r = 0; r < R; ++r) {
-          sum[r][i] = _mm256_fmadd_ps(even, _mm256_loadu_ps(x + r * t.x_stride + k), sum[r][i]);
-          sum[r][i] = _mm256_fmadd_ps(odd, _mm256_loadu_ps(x + r * t.x_stride + k + 8), sum[r][i]);
-        }
+      __m256i word;
+      if (k + 16 <= t.k) {
+        word = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w + k));
+        _mm_prefetch(w + k + kPrefetch / 2, _MM_HINT_T0);
+      } else {  // the last row may end at the end of its allocation
+        word = _mm256_setzero_si256();
+        std::memcpy(&word, w + k, 2 * (t.k - k));
+      }
+      const __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(word, 16));
+      const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(word, upper));
+      for (int r = 0; r < R; ++r) {
+        sum[r][0] = _mm256_fmadd_ps(even, _mm256_loadu_ps(x + r * t.x_stride + k), sum[r][0]);
+        sum[r][1] = _mm256_fmadd_ps(odd, _mm256_loadu_ps(x + r * t.x_stride + k + 8), sum[r][1]);
       }
     }
-    for (int r = 0; r < R; ++r)
-      for (int i = 0; i < 2 && c + i < t.channels; ++i) t.out[r * kChannels + c + i] = horizontal_sum(sum[r][i]);
+    for (int r = 0; r < R; ++r) t.out[r * kChannels + c] = horizontal_sum(_mm256_add_ps(sum[r][0], sum[r][1]));
   }
 }
 #endif
@@ -199,7 +216,13 @@ struct Variant {
   bool (*supported)();
   TileFn int8[kRows], weight_only[kRows], bf16[kRows];  // indexed by rows - 1
 };
-#define BY_ROWS(f, ...) {f<1 __VA_ARGS__>, f<2 __VA_ARGS__>, f<3 __VA_ARGS__>, f<4 __VA_ARGS__>}
+#define BY_ROWS(f, ...) {f<1 __VA_ARGS__>, f<2 __VA_ARGS__>, f<3 __VA_ARGS__>, f<4 __VA_ARGS__>\
+ REST(f,__VA_ARGS__)}
+#if KR==6
+#define REST(f,...) ,f<5 __VA_ARGS__>, f<6 __VA_ARGS__>
+#else
+#define REST(f,...)
+#endif
 const Variant kVariants[] = {  // best first
 #if defined(__x86_64__)
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },

@@ -12,104 +12,288 @@ from rich.console import Console
 import charts
 import report
 
-QUALITY = ["perplexity", "perplexity_retention", "perplexity_retention_ci", "kl_divergence", "top1_agreement"]
 REASON = "oneDNN has no int8 matrix product for <this CPU> | see README"
+RECIPES = [  # name, title, decode tokens/s, speed-up, prefill tokens/s, peak MB, weights and size MB, retention
+    ("baseline", "Baseline (float32)", 6.5, None, 100, 5000, 4400, 1.0),
+    ("mixed_precision", "Mixed precision (bfloat16)", 12.6, 1.47, 410, 2700, 2200, 0.9993),
+    ("int8", "INT8 weights and activations", 21.9, 2.94, 380, 1750, 1240, 0.9954),
+    ("int8_classic", "INT8 dynamic (classic)", "unsupported", REASON),
+    ("head_pruning", "Head pruning (12.5 %)", 7.1, 1.043, 106, 4700, 4190, 0.9431),
+    ("kv_cache_int8", "INT8 KV cache", 6.4, 0.985, 97, 4990, 4400, 0.9991),
+    ("bf16+kv8", "BF16 + INT8 KV cache", "failed", "exit code 1"),
+    ("prune+int8+kv8", "Head pruning + INT8 weights + INT8 KV cache", 22.4, 3.05, 371, 1690, 1180, 0.9389),
+]
 
 
-def record(name, title, *, speed, factor=None, prefill=100, peak=5000, size=4400, weights=4400, kept=1.0, **more):
-    """One measured recipe, with the spread and intervals that a real run has."""
-    share = [round(kept - 0.004, 4), round(min(1.01, kept + 0.004), 4)]
-    return {
-        "name": name,
-        "title": title,
-        "status": "ok",
-        "reason": None,
-        "model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
-        "device": "cpu",
-        "dtype": "float32",
-        "random_weights": False,
-        "decode_tokens_per_s": speed,
-        "prefill_tokens_per_s": prefill,
-        "samples": {"decode_tokens_per_s": [speed * part for part in (0.96, 0.99, 1.0, 1.01, 1.03)]},
-        "peak_memory_mb": peak,
-        "weights_mb": weights,
-        "kv_cache_mb": 11.5,
-        "model_size_mb": size,
-        "perplexity": 8.0 / kept,
-        "perplexity_retention": kept,
-        "perplexity_retention_ci": share,
-        "bytes_per_token": weights * 1e6 * 0.94,
-        "ceiling_speedup": 4400 / weights,
-        "speedup": factor,
-        "speedup_ci": factor and [round(factor * 0.97, 3), round(factor * 1.02, 3)],
-        "prefill_speedup": prefill / 100,
-        "prefill_speedup_ci": [prefill / 104, prefill / 97],
-        "verdict": factor and ("faster" if factor > 1 else "slower"),
-        "targets_met": {"speed": bool(factor and factor >= 1.6), "memory": peak <= 3250, "quality": kept >= 0.97},
-        **more,
-    }
+def around(value, low, high):
+    return value and [round(value * low, 4), round(value * high, 4)]
 
 
-def fill(consolidated):
-    """Set what follows from the three targets."""
-    for entry in consolidated["results"]:
-        met = entry.get("targets_met")
-        if met:
-            met["all"] = all(met.values())
-    return consolidated
+def record(name, title, speed, factor=None, prefill=100, peak=5000, weights=4400, kept=1.0):
+    """One recipe as the pipeline writes it; with a word in place of the speed, one that has no result."""
+    entry = {"name": name, "title": title, "device": "cpu", "dtype": "float32", "random_weights": False}
+    entry |= {"model": "TinyLlama/TinyLlama-1.1B-Chat-v1.0", "status": "ok", "reason": None}
+    if isinstance(speed, str):
+        return entry | {"status": speed, "reason": factor, "decode_tokens_per_s": None, "targets_met": None}
+    entry |= {"decode_tokens_per_s": speed, "samples": {"decode_tokens_per_s": [speed * 0.96, speed, speed * 1.03]}}
+    entry |= {"prefill_tokens_per_s": prefill, "prefill_speedup": prefill / 100}
+    entry |= {"prefill_speedup_ci": around(prefill / 100, 0.96, 1.03), "speedup": factor}
+    entry |= {"speedup_ci": around(factor, 0.97, 1.02), "verdict": factor and ("faster" if factor > 1 else "slower")}
+    entry |= {"peak_memory_mb": peak, "weights_mb": weights, "kv_cache_mb": 11.5, "model_size_mb": weights}
+    entry |= {"perplexity": 8 / kept, "perplexity_retention": kept}
+    entry |= {"perplexity_retention_ci": around(kept, 0.996, 1.004)}
+    entry |= {"bytes_per_token": weights * 0.94e6, "ceiling_speedup": 4400 / weights}
+    met = {"speed": bool(factor and factor >= 1.6), "memory": peak <= 3250, "quality": kept >= 0.97}
+    return entry | {"targets_met": met | {"all": all(met.values())}}
 
 
 @pytest.fixture
 def results():
     """Eight recipes: six measured, one that failed, one that this machine cannot run."""
-    mixed = dict(speed=12.6, factor=1.47, prefill=410, peak=2700, size=2200, weights=2200, kept=0.9993)
-    int8 = dict(speed=21.9, factor=2.94, prefill=380, peak=1750, size=1240, weights=1240, kept=0.9954)
-    pruned = dict(speed=7.1, factor=1.043, prefill=106, peak=4700, size=4190, weights=4190, kept=0.9431)
-    cache = dict(speed=6.4, factor=0.985, prefill=97, peak=4990, size=4400, kept=0.9991)
-    every = dict(speed=22.4, factor=3.05, prefill=371, peak=1690, size=1180, weights=1180, kept=0.9389)
-    broken = {"decode_tokens_per_s": None, "perplexity": None, "speedup": None, "targets_met": None}
-    classic = {"name": "int8_classic", "title": "INT8 dynamic (classic)", "status": "unsupported", "reason": REASON}
-    failed = {"name": "bf16+kv8", "title": "BF16 + INT8 KV cache", "status": "failed", "reason": "exit code 1", **broken}
-    return fill(
-        {
-            "schema_version": 1,
-            "environment": {
-                "cpu": "Imaginary 9000 @ 2.60GHz",
-                "gpu": None,
-                "cores": 4,
-                "threads": 2,
-                "ram_gb": 15.6,
-                "os": "Linux",
-                "torch": "2.13.0",
-                "transformers": "5.23.0",
-                "time": "2031-02-03T04:05:06+00:00",
-                "read_bandwidth_gb_per_s": 29.1,
-            },
-            "workload": {
-                "prompt_tokens": 128,
-                "new_tokens": 128,
-                "depth": 0,
-                "batch_size": 1,
-                "repeats": 5,
-                "quality": {"windows": 16, "window": 512, "text": "Lee news corpus (last 100 documents)"},
-            },
-            "targets": {"decode_speedup": 1.6, "memory_change": -0.35, "perplexity_retention": 0.97},
-            "aa": {
-                "speedup": 1.001,
-                "speedup_ci": [0.985, 1.012],
-                "prefill_speedup": 0.997,
-                "prefill_speedup_ci": [0.97, 1.02],
-                "trustworthy": True,
-            },
-            "results": [
-                record("baseline", "Baseline (float32)", speed=6.5),
-                record("mixed_precision", "Mixed precision (bfloat16)", **mixed),
-                record("int8", "INT8 weights and activations", **int8),
-                classic,
-                record("head_pruning", "Head pruning (12.5 %)", **pruned),
-                record("kv_cache_int8", "INT8 KV cache", **cache),
-                failed,
-                record("prune+int8+kv8", "Head pruning + INT8 weights + INT8 KV cache", **every),
-            ],
-        }
+    environment = {"cpu": "Imaginary 9000", "gpu": None, "cores": 4, "threads": 2, "ram_gb": 15.6, "os": "Linux"}
+    environment |= {"torch": "2.13.0", "transformers": "5.23.0", "time": "2031-02-03T04:05:06+00:00"}
+    workload = {"prompt_tokens": 128, "new_tokens": 128, "depth": 0, "batch_size": 1, "repeats": 5}
+    aa = {"speedup": 1.001, "speedup_ci": [0.985, 1.012], "prefill_speedup": 0.997, "prefill_speedup_ci": [0.97, 1.02]}
+    return {
+        "environment": environment | {"read_bandwidth_gb_per_s": 29.1},
+        "workload": workload | {"quality": {"windows": 16, "window": 512, "text": "a news corpus"}},
+        "targets": {"decode_speedup": 1.6, "memory_change": -0.35, "perplexity_retention": 0.97},
+        "aa": aa | {"trustworthy": True},
+        "results": [record(*recipe) for recipe in RECIPES],
+    }
+
+
+@pytest.fixture
+def folder(results, tmp_path):
+    """A results folder beside a README, as in the repository."""
+    return save(results, tmp_path / "results")
+
+
+def save(consolidated, folder):
+    folder.mkdir(exist_ok=True)
+    (folder / "consolidated_results.json").write_text(json.dumps(consolidated), encoding="utf-8")
+    return folder
+
+
+def shown(consolidated):
+    """The terminal output as text, wide enough that nothing is folded."""
+    console = Console(file=io.StringIO(), width=200)
+    report.print_table(consolidated, console)
+    return console.file.getvalue()
+
+
+def without_quality(consolidated):
+    for entry in consolidated["results"]:
+        entry |= {"random_weights": True, "perplexity": None, "perplexity_retention": None}
+        if entry.get("targets_met"):
+            entry["targets_met"] |= {"quality": None, "all": None}
+    return consolidated
+
+
+def line_of(text, beginning):
+    return next(line for line in text.splitlines() if line.strip("│| ").startswith(beginning))
+
+
+def test_the_table_shows_values_changes_and_intervals(results):
+    row = line_of(shown(results), "INT8 weights")
+    for part in ("21.9 (+194 % [+185, +200])", "1750 (-65 %)", "1240 (-72 %)", "8.04 (99.5 %)"):
+        assert part in row
+    assert "(" not in line_of(shown(results), "Baseline").replace("(float32)", ""), "no change against itself"
+
+
+def test_the_lines_above_name_machine_and_workload(results):
+    text = shown(results)
+    for part in ("TinyLlama-1.1B-Chat-v1.0", "Imaginary 9000", "2 threads", "128 prompt tokens", "16 x 512 tokens"):
+        assert part in text
+    assert "decode 1.001x [0.985, 1.012]" in text and "WARNING" not in text and report.RANDOM not in text
+
+
+def test_targets_are_passed_missed_or_not_measured(results):
+    table = report.markdown_table(results).split("| Recipe")[1]
+    assert "Decode +60 % | Memory -35 % | Retention 97 %" in table
+    row = line_of(table, "INT8 weights")
+    assert "pass (+194.0 %) | pass (-65.0 %) | pass (99.54 %) | pass | 3.55x" in row
+    row = line_of(report.markdown_table(without_quality(results)).split("| Recipe")[1], "INT8 weights")
+    assert "pass (-65.0 %) | not measured | not measured |" in row
+
+
+def test_recipes_without_a_result_show_status_and_reason(results):
+    text, markdown = shown(results), report.markdown_table(results)
+    assert "INT8 dynamic (classic) - unsupported: " + REASON in text
+    assert "failed: exit code 1" in text and "| failed: exit code 1 |" in markdown
+
+
+def test_markdown_cells_are_escaped_and_every_row_is_complete(results):
+    markdown = report.markdown_table(results)
+    assert "&#60;this CPU&#62; &#124; see README" in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in rows} == {6, 7}
+    results["results"][1]["title"] = "a\nb | [bold]c[/bold]"
+    assert "a b &#124; [bold]c[/bold]" in report.markdown_table(results)
+    assert "[bold]c[/bold]" in shown(results), "terminal markup in a title stays text"
+
+
+def test_random_weights_and_an_untrustworthy_run_are_said_aloud(results):
+    results["aa"]["trustworthy"] = False
+    for text in (shown(without_quality(results)), report.markdown_table(without_quality(results))):
+        assert report.RANDOM in text
+        assert "do not trust" in text
+        assert "not measured" in line_of(text, "INT8 weights")
+
+
+def test_without_an_interleaved_factor_the_two_speeds_are_compared(results):
+    results["results"][1].update(speedup=None, speedup_ci=None, decode_tokens_per_s=13.0)
+    assert "13.0 (+100 %)" in report.markdown_table(results)
+
+
+def test_a_change_that_rounds_to_nothing_has_no_sign():
+    assert report.percent(0.99999) == report.percent(1.0) == "0.0 %" and report.percent(None) == ""
+    assert report.percent(1.0432, (1.012, 1.0641)) == "+4.3 % [+1.2, +6.4]"
+
+
+def mostly_null(consolidated):
+    """Each key of a record is null in one of two cases; then whole sections and records are missing."""
+    keys = sorted({key for entry in consolidated["results"] for key in entry} - {"status"})
+    for start in range(2):
+        case = copy.deepcopy(consolidated)
+        for entry in case["results"]:
+            entry |= dict.fromkeys(keys[start::2])
+        yield f"keys {start}", case
+    yield "sections", {**consolidated, **dict.fromkeys(["environment", "workload", "targets", "aa"])}
+    yield "everything", {"results": [{"name": entry["name"], "status": "ok"} for entry in consolidated["results"]]}
+    yield "single", {**consolidated, "results": consolidated["results"][:1]}
+    yield "no baseline", {**consolidated, "results": consolidated["results"][1:]}
+    yield "only failures", {**consolidated, "results": [consolidated["results"][3]]}
+
+
+def test_any_value_may_be_null_in_the_tables(results):
+    for _key, case in mostly_null(results):
+        assert "nan" not in shown(case) and "None" not in shown(case) + report.markdown_table(case)
+    results["results"][1] |= {"perplexity": float("nan"), "perplexity_retention": float("inf")}
+    assert "not measured" in line_of(shown(results), "Mixed precision")
+
+
+def test_all_charts_are_drawn_and_large_enough_to_read(results, tmp_path):
+    paths = charts.draw_all(results, tmp_path)
+    assert [path.stem for path in paths] == list(charts.CHARTS)
+    assert sorted(paths) == sorted((tmp_path / "visualizations").iterdir()), "no temporary file is left"
+    for path in paths:
+        width, height = struct.unpack(">II", path.read_bytes()[16:24])  # the PNG header
+        assert width > 900 and height > 500 and path.stat().st_size > 20_000
+
+
+def test_without_quality_there_is_no_quality_chart_and_a_stale_one_goes(results, tmp_path):
+    stale = tmp_path / "visualizations" / "quality.png"
+    stale.parent.mkdir()
+    stale.write_bytes(b"old")
+    names = {path.stem for path in charts.draw_all({**without_quality(results), "aa": None}, tmp_path)}
+    assert names == {"decode_speed", "prefill_speed", "memory", "model_size"}
+    assert not stale.exists()
+
+
+def test_any_value_may_be_null_in_the_charts(results, tmp_path, monkeypatch):
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **_: path.write_bytes(b""))
+    drawn = {key: [path.stem for path in charts.draw_all(case, tmp_path)] for key, case in mostly_null(results)}
+    assert drawn["everything"] == drawn["only failures"] == []
+    assert "decode_speed" in drawn["single"] and "decode_speed" in drawn["no baseline"]
+
+
+def test_a_chart_names_what_it_does_not_show(results):
+    results["results"][4]["peak_memory_mb"] = None
+    records = [entry for entry in results["results"] if entry.get("peak_memory_mb")]
+    figure = charts.memory(without_quality(results), records)
+    texts = " ".join(text.get_text() for text in figure.texts)
+    for part in ("Not measured: Head pruning (12.5 %)", "unsupported: oneDNN", report.RANDOM, "Imaginary 9000"):
+        assert part in texts
+    labels = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert len(labels) == 5 and not any("classic" in text for text in labels)
+
+
+def test_labels_of_crowded_points_do_not_touch(results):
+    crowd = [record(f"r{n}", f"Recipe number {n}", 7, 1 + n / 200, kept=0.999 - n / 900) for n in range(12)]
+    results["results"][1:] = crowd
+    figure = charts.speed_vs_quality(results, crowd)
+    boxes = [charts.Text.get_window_extent(text) for text in figure.axes[0].texts]
+    assert len(boxes) == 13
+    assert not any(box.count_overlaps(boxes[:place]) for place, box in enumerate(boxes))
+
+
+BLOCK = "<!-- results:results -->old<!-- /results:results -->"
+ROW = "<!-- row:results:{0} -->old<!-- /row:results:{0} -->"
+
+
+def test_readme_markers_are_rewritten_once_and_then_stay(folder, results):
+    readme = folder.parent / "README.md"
+    readme.write_text(f"# Title\n\n{BLOCK}\n\nSpeed: {ROW.format('int8')}\nend é\n", encoding="utf-8")
+    assert report.update_readme(readme, check=True) == ["results:results", "row:results:int8"]
+    assert ">old<" in readme.read_text(encoding="utf-8"), "a check writes nothing"
+    assert report.update_readme(readme) == ["results:results", "row:results:int8"]
+    text = readme.read_text(encoding="utf-8")
+    assert text.startswith("# Title\n\n<!-- results:results -->\nTinyLlama") and text.endswith("-->\nend é\n")
+    assert report.markdown_table(results) in text and "old" not in text
+    assert report.update_readme(readme) == report.update_readme(readme, check=True) == []
+    results["results"][2]["speedup"] = 2.5
+    save(results, folder)
+    assert report.update_readme(readme, check=True) == ["results:results", "row:results:int8"]
+
+
+def test_a_row_is_one_sentence_with_interval_and_retention(folder, results):
+    assert report.row_sentence(results, "int8") == (
+        "Measured: decode 2.94x [2.85, 3.00], 21.9 tokens/s (faster); peak memory in MB 1750 (-65 %); "
+        "model size in MB 1240 (-72 %); perplexity 8.04 (retention 99.5 %)."
     )
+    assert report.row_sentence(results, "int8_classic").startswith("No result - unsupported: oneDNN")
+    assert "perplexity not measured (random weights" in report.row_sentence(without_quality(results), "int8")
+
+
+def test_only_the_chosen_folders_are_rewritten(folder, results):
+    other = shutil.copytree(folder, folder / "other")
+    readme = folder.parent / "README.md"
+    readme.write_text(BLOCK + BLOCK.replace("results:results", "results:results/other"), encoding="utf-8")
+    assert report.update_readme(readme, ["results/other"]) == ["results:results/other"]
+    assert ">old<" in readme.read_text() and report.update_readme(readme, [other]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "marker"),
+    [
+        ("<!-- results:nowhere --><!-- /results:nowhere -->", "results:nowhere"),
+        (ROW.format("int3"), "row:results:int3"),
+        ("<!-- results:results -->", "results:results"),
+        ("<!-- row:results:int8 -->" + BLOCK + "<!-- /row:results:int8 -->", "row:results:int8"),
+    ],
+)
+def test_a_marker_that_cannot_be_filled_is_named(folder, text, marker):
+    readme = folder.parent / "README.md"
+    readme.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=marker):
+        report.update_readme(readme)
+    assert readme.read_text() == text
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"results": []}', '{"results": 3}', "\x00"])
+def test_a_missing_or_broken_file_is_one_sentence(tmp_path, content, capsys):
+    if content is not None:
+        (tmp_path / "consolidated_results.json").write_text(content)
+    with pytest.raises(ValueError, match=r"consolidated_results\.json"):
+        report.load_results(tmp_path)
+    assert report.main([str(tmp_path)]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not (tmp_path / "visualizations").exists()
+
+
+def test_the_command_prints_draws_rewrites_and_checks(folder, results, monkeypatch, capsys):
+    monkeypatch.chdir(folder.parent)
+    readme = folder.parent / "README.md"
+    readme.write_text(BLOCK, encoding="utf-8")
+    assert report.main(["--check"]) == 1
+    assert "results:results" in capsys.readouterr().out and not (folder / "visualizations").exists()
+    assert report.main(["results", "--readme", "README.md"]) == 0
+    assert "21.9 (+194 %" in capsys.readouterr().out and "21.9 (+194 %" in readme.read_text(encoding="utf-8")
+    assert report.main(["--check"]) == 0
+    results["environment"]["load_average"] = [3.0, 2.0, 1.0]
+    save(results, folder)
+    assert report.main(["--check"]) == 1, "the tables agree, but the charts are of another run"
+    assert "decode_speed.png" in capsys.readouterr().out
+    readme.write_text(ROW.format("nothing"))
+    assert report.main(["--check"]) == 2 and "row:results:nothing" in capsys.readouterr().err

@@ -1,0 +1,144 @@
+"""Compiles the C++ kernels on first use, and says in one sentence why they are missing where they cannot be had.
+
+The library is one compiler call, written next to its final name and renamed into place: two processes that build at
+once both succeed, and a killed build leaves neither a lock nor half a library behind.
+"""
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+SOURCE, HEADERS = HERE / "linear.cpp", (HERE / "tiles.h",)
+COMPILE_TIMEOUT_S = 600
+
+
+def load_kernels() -> str | None:
+    """Makes `torch.ops.tinyopt` available, compiling it the first time on a machine.
+
+    Returns:
+        None when the kernels are ready, else one sentence with the reason. Never raises. The answer is remembered for
+        this process, except that TINYOPT_NO_KERNELS=1 is obeyed at every call.
+    """
+    if os.environ.get("TINYOPT_NO_KERNELS") == "1":
+        return "C++ kernels are switched off by TINYOPT_NO_KERNELS=1"
+    return _load_once()
+
+
+def cpu_variant() -> str:
+    """Returns which inner loops the kernels use on this CPU: "avx2" or "portable".
+
+    Raises:
+        RuntimeError: the kernels are not available.
+    """
+    if reason := load_kernels():
+        raise RuntimeError(reason)
+    return torch.ops.tinyopt.cpu_variant()
+
+
+@cache
+def _load_once() -> str | None:
+    try:
+        library = _library_path()
+        if not library.exists():
+            _compile(library)
+        torch.ops.load_library(library)
+        _register_fakes()
+        return _self_check()
+    except Exception as error:  # a kernel is an accelerator: whatever goes wrong, the twins still work
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"C++ kernels are not available: {first_line}"
+
+
+def _compiler() -> str:
+    """Returns the path of a compiler that understands GCC's target attributes and builtins: GCC or Clang, not MSVC."""
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (path := shutil.which(name)):
+            return path
+    raise RuntimeError("no C++ compiler found (install g++ or clang++, or set CXX)")
+
+
+def _flags() -> list[str]:
+    abi = int(torch.compiled_with_cxx11_abi())
+    flags = ["-O3", "-std=c++20", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
+    if sys.platform == "darwin":  # Apple's clang ships no OpenMP: the kernels then run in the calling thread
+        return [*flags, "-undefined", "dynamic_lookup"]
+    # The OpenMP runtime resolves to the one torch has loaded, so that both share one pool of threads.
+    return [*flags, "-fopenmp"]
+
+
+def _library_path() -> Path:
+    """Returns where the library for these sources, this torch, compiler and kind of machine is or will be."""
+    key = hashlib.sha256()
+    for path in (SOURCE, *HEADERS):
+        key.update(path.read_bytes())
+    key.update(repr((torch.__version__, _compiler(), _flags(), platform.machine(), sys.platform)).encode())
+    from torch.utils import cpp_extension  # slow to import, and not needed when the kernels are switched off
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    return root / f"tinyopt_{key.hexdigest()[:16]}.so"
+
+
+def _compile(library: Path) -> None:
+    from torch.utils import cpp_extension
+
+    library.parent.mkdir(parents=True, exist_ok=True)
+    print("compiling kernels/linear.cpp (once, about 15 s) ...", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="tinyopt_build_") as folder:
+        built = Path(folder) / library.name
+        command = [_compiler(), *_flags(), str(SOURCE), "-o", str(built)]
+        command += [f"-I{path}" for path in cpp_extension.include_paths()]
+        command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
+        if result.returncode != 0:
+            lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
+            raise RuntimeError("compile error: " + next((line for line in lines if "error" in line), lines[0]))
+        built.replace(library)
+
+
+def _register_fakes() -> None:
+    """Tells torch.compile the shapes of the results, so that it traces through the operators."""
+
+    @torch.library.register_fake("tinyopt::pack_int8")
+    def _(w):
+        return w.new_empty((-(-w.shape[0] // 8), -(-w.shape[1] // 4), 8, 4))
+
+    @torch.library.register_fake("tinyopt::unpack_int8")
+    def _(packed, N, K):
+        return packed.new_empty((N, K))
+
+    @torch.library.register_fake("tinyopt::int8_linear")
+    def _(x, packed, w_scale, group_size, bias=None):
+        return x.new_empty((x.shape[0], w_scale.shape[0]), dtype=torch.float32)
+
+    @torch.library.register_fake("tinyopt::int8_weight_only_linear")
+    def _(x, packed, w_scale, group_size, bias=None):
+        return x.new_empty((x.shape[0], w_scale.shape[0]), dtype=torch.float32)
+
+    @torch.library.register_fake("tinyopt::bf16_linear")
+    def _(x, w, bias=None):
+        return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32)
+
+
+def _self_check() -> str | None:
+    """Multiplies the largest int8 values, where inexact 8-bit instructions saturate, and compares with integers."""
+    k = 256
+    signs = torch.arange(24).remainder(2).mul(2).sub(1)
+    weight = (127 * signs)[:, None].expand(24, k).to(torch.int8)
+    x = torch.tensor([127.0, -127.0])[:, None].repeat(1, k)
+    expected = (x[:, :1] * (127 * k * signs)).float()
+    packed, scale = torch.ops.tinyopt.pack_int8(weight), torch.ones(24, 1)
+    for op in (torch.ops.tinyopt.int8_linear, torch.ops.tinyopt.int8_weight_only_linear):
+        if not torch.equal(op(x, packed, scale, k), expected):
+            return f"C++ kernels are wrong on this CPU: {op} differs from integer arithmetic"
+    if not torch.equal(torch.ops.tinyopt.bf16_linear(x, weight.bfloat16()), expected):
+        return "C++ kernels are wrong on this CPU: bf16_linear differs from exact arithmetic"
+    return None

@@ -1,0 +1,93 @@
+"""Modules with int8 weights: a linear layer, an embedding table, and torch's own deprecated linear as a contrast."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kernels import linear
+from kernels.int8 import dequantize_groups, quantize_groups
+
+
+class Int8Linear(nn.Module):
+    """y = x W^T + b with W in int8, one float32 scale per output channel and group of inputs.
+
+    `weight` is int8 [N, K], or the CPU kernel's packed layout [ceil(N/8), ceil(K/4), 8, 4] where that kernel runs;
+    `scale` float32 [N, G]. With `int8_activations` x is quantised per token and group on the fly.
+    """
+
+    def __init__(self, source: nn.Linear, *, group_size: int | None, int8_activations: bool, per_tensor: bool = False):
+        super().__init__()
+        self.in_features, self.out_features = source.in_features, source.out_features
+        self.group_size = group_size or source.in_features
+        self.int8_activations = int8_activations
+        weight = source.weight.data
+        if per_tensor:
+            scale = (weight.abs().max().float() / 127).expand(self.out_features, 1).contiguous()
+            weight = (weight.float() / scale).round().clamp(-127, 127).to(torch.int8)
+        else:
+            weight, scale = quantize_groups(weight, self.group_size)
+        self.register_buffer("weight", linear.pack(weight))
+        self.register_buffer("scale", scale)
+        self.bias = None if source.bias is None else nn.Parameter(source.bias.data.float(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        multiply = linear.int8_linear if self.int8_activations else linear.int8_weight_only_linear
+        return multiply(x, self.weight, self.scale, self.group_size, self.bias).to(x.dtype)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Dequantised rows of W for `ids` [...]: float32 [..., K]."""
+        if self.weight.dim() == 4:
+            quantized = self.weight[ids // 8, :, ids % 8].flatten(-2)[..., : self.in_features]
+        else:
+            quantized = self.weight[ids]
+        return dequantize_groups(quantized, self.scale[ids], self.group_size)
+
+    @property
+    def logical_parameters(self) -> int:
+        return self.in_features * self.out_features + (0 if self.bias is None else self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, group={self.group_size}, int8_activations={self.int8_activations}"
+
+
+class Int8Table(nn.Module):
+    """An embedding table in int8 rows; `shared` is the lm_head whose weights it looks up where the two are tied."""
+
+    def __init__(self, source: nn.Embedding, *, group_size: int | None, shared: Int8Linear | None = None):
+        super().__init__()
+        self.shared = shared
+        self.group_size = group_size or source.embedding_dim
+        self.logical_parameters = 0 if shared is not None else source.weight.numel()
+        if shared is None:
+            weight, scale = quantize_groups(source.weight.data, self.group_size)
+            self.register_buffer("weight", weight)
+            self.register_buffer("scale", scale)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        if self.shared is not None:
+            return self.shared.rows(ids)
+        return dequantize_groups(self.weight[ids], self.scale[ids], self.group_size)
+
+
+class ClassicLinear(nn.Module):
+    """torch.ao's dynamically quantised linear: qint8 weights per tensor, activations per tensor in 7 bits on x86."""
+
+    def __init__(self, source: nn.Linear):
+        super().__init__()
+        self.in_features, self.out_features = source.in_features, source.out_features
+        source.qconfig = torch.ao.quantization.default_dynamic_qconfig
+        self._inner = [torch.ao.nn.quantized.dynamic.Linear.from_float(source)]  # a list hides it from state_dict
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._inner[0](x)
+
+    @property
+    def logical_parameters(self) -> int:
+        return self.in_features * self.out_features + (0 if self._inner[0].bias() is None else self.out_features)
+
+    def packed_tensors(self) -> dict[str, torch.Tensor]:
+        """The int8 values and the scale that torch keeps out of sight in its packed weight."""
+        weight = self._inner[0].weight()
+        tensors = {"weight": weight.int_repr(), "scale": torch.tensor([weight.q_scale()])}
+        return tensors if self._inner[0].bias() is None else tensors | {"bias": self._inner[0].bias()}

@@ -1,0 +1,243 @@
+"""One run of recipes: the baseline's worker stays alive, each recipe's worker takes turns with it and ends."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+import inputs
+import interleave
+import judgement
+import records
+from devices import available_memory_mb
+from store import ResultsFolder
+from worker import Job, RecipeError, Steps, WorkerProcess
+
+BASELINE = "baseline"
+SPEED_QUANTITIES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms", "tpot_ms")
+AXIS_PAIRS = 3
+HEADROOM = 1.15  # a load needs this much more than its measured peak before it counts as fitting
+console = Console(stderr=True, highlight=False)
+
+
+class Side:
+    """One side of a comparison: a worker that is started and loaded when first asked, and again if it was let go."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.worker: WorkerProcess | None = None
+        self.rival: Side | None = None  # set where memory holds only one of the two models
+
+    def call(self, command: str, **arguments):
+        if self.rival is not None:
+            self.rival.release()
+        if self.worker is None or not self.worker.alive:
+            self.release()
+            self.worker = WorkerProcess(self.job)
+            self.loaded = self.worker.call("load")
+            if command == "block":
+                self.worker.call("block")  # warm-up of the same shape, discarded
+        return self.loaded if command == "load" else self.worker.call(command, **arguments)
+
+    def release(self) -> None:
+        if self.worker is not None:
+            self.worker.close()
+            self.worker = None
+
+
+class Session:
+    """Measures recipes one after the other; every record is saved the moment it is complete."""
+
+    def __init__(self, args, *, prepared: inputs.Inputs, tokenizer, store: ResultsFolder, scratch: Path, titles: dict[str, str],
+                 repro, bandwidth_gb_per_s: float | None):  # fmt: skip
+        self.args, self.inputs, self.tokenizer, self.store, self.scratch = args, prepared, tokenizer, store, scratch
+        self.titles, self.repro, self.bandwidth_gb_per_s = titles, repro, bandwidth_gb_per_s
+        self.reference_file = store.cache / "reference.safetensors"
+        self.baseline_side = Side(self._job([]))
+        self.baseline: dict = {}
+        self.baseline_samples: list[dict] = []
+        self.baseline_tokens: list[list[int]] = []
+
+    def measure_all(self, recipes: dict[str, Steps], *, aa: bool) -> None:
+        """The baseline, the noise floor where `aa`, then each recipe that is not finished already."""
+        records_of = {name: self._record(name, steps) for name, steps in recipes.items()}
+        done = [name for name, record in records_of.items() if self.store.finished(name, record["steps"])]
+        waiting = {name: steps for name, steps in recipes.items() if name not in done}
+        if done:
+            console.print(f"already measured here, kept: {', '.join(done)}", markup=False)
+        if not waiting and self.store.finished(BASELINE, []):
+            return
+        try:
+            self.baseline = self._record(BASELINE, [])
+            self._guarded(self.baseline, self._measure_baseline)
+            if self.baseline["status"] != "ok":
+                return
+            if aa and self.store.aa is None:
+                self._measure_noise_floor()
+            for number, (name, steps) in enumerate(waiting.items(), 1):
+                console.print(f"[{number}/{len(waiting)}] {self.titles.get(name, name)}", style="bold", markup=False)
+                side = Side(self._job(steps))
+                try:
+                    self._guarded(records_of[name], lambda record, side=side: self._measure_variant(record, side))
+                finally:
+                    side.release()
+                self._report_line(records_of[name])
+        finally:
+            self.baseline_side.release()
+
+    def _job(self, steps: Steps) -> Job:
+        args = self.args
+        return Job(
+            source=args.source, steps=steps, device=str(args.torch_device), threads=args.threads, workload=args.workload,
+            scratch_dir=str(self.scratch), input_ids=self.inputs.input_ids,
+        )  # fmt: skip
+
+    def _record(self, name: str, steps: Steps) -> dict:
+        args = self.args
+        return records.new_record(
+            name=name, title=self.titles.get(name, name), status="ok", model=args.source.name, device=str(args.torch_device),
+            random_weights=args.source.random_weights, repro=self.repro(name), quality_protocol=self.inputs.quality_protocol,
+            steps=[{"technique": technique, "options": records.resolved(technique, options)} for technique, options in steps],
+        )  # fmt: skip
+
+    def _guarded(self, record: dict, measure) -> None:
+        """Run `measure(record)`; whatever ends it becomes the record's status and reason. The record is saved."""
+        try:
+            measure(record)
+        except RecipeError as error:
+            record["status"], record["reason"] = error.status, str(error)
+            if error.details and error.status == "failed":
+                console.print(error.details, style="dim", markup=False)
+        except KeyboardInterrupt:
+            record["status"], record["reason"] = "interrupted", "interrupted from the keyboard"
+            raise
+        finally:
+            self.store.save(record)
+
+    def _measure_baseline(self, record: dict) -> None:
+        side = self.baseline_side
+        self._measure_common(record, side)
+        if self.inputs.windows is not None:
+            with console.status("baseline: quality"):
+                call = {"windows": self.inputs.windows, "reference_file": str(self.reference_file)}
+                summary = side.call("score_baseline", **call)
+            record.update({key: value for key, value in summary.items() if key in record})
+            self.baseline_tokens = self._continuations(side)
+            record["continuations"] = self._texts(self.baseline_tokens, None)
+        with console.status("baseline: timing"):
+            side.call("block")  # warm-up, discarded
+            self.baseline_samples = [side.call("block") for _ in range(self.args.workload.repeats)]
+        record.update(speedup=1.0, prefill_speedup=1.0, ceiling_speedup=1.0)
+        self._fill_speed(record, self.baseline_samples)
+        self._report_line(record)
+
+    def _measure_variant(self, record: dict, side: Side) -> None:
+        self._make_room(record, side)
+        self._measure_common(record, side)
+        if self.inputs.windows is not None:
+            with console.status(f"{record['name']}: quality"):
+                summary = side.call("score_variant", reference_file=str(self.reference_file))
+            record.update({key: value for key, value in summary.items() if key in record})
+            record["continuations"] = self._texts(self.baseline_tokens, self._continuations(side))
+        comparison = self._interleave(record["name"], side)
+        self._fill_speed(record, comparison.variant)
+        judgement.judge(record, self.baseline, comparison)
+        record["axes"] = self._measure_axes(record["name"], side)
+        self.baseline_samples += comparison.baseline
+        self._fill_speed(self.baseline, self.baseline_samples)
+        self.store.save(self.baseline)
+
+    def _measure_common(self, record: dict, side: Side) -> None:
+        """Load, memory and size: what baseline and variants share."""
+        with console.status(f"{record['name']}: loading"):
+            loaded = dict(side.call("load"))
+        streamed_bytes = loaded.pop("streamed_bytes")
+        record.update(loaded)
+        with console.status(f"{record['name']}: memory"):
+            record.update(side.call("memory"))
+        with console.status(f"{record['name']}: size on disk"):
+            record["model_size_mb"] = side.call("size")
+        work = self.args.workload
+        mean_fill = (work.depth + work.prompt_tokens + work.new_tokens / 2) / work.positions
+        record["bytes_per_token"] = streamed_bytes + record["kv_cache_mb"] * 1e6 * mean_fill
+
+    def _make_room(self, record: dict, side: Side) -> None:
+        """Where memory cannot hold both models, each is loaded in its turn: slow, but still interleaved."""
+        needed_mb = HEADROOM * self.baseline["load_peak_memory_mb"]
+        free_mb = available_memory_mb(self.args.torch_device)
+        if free_mb < needed_mb:
+            side.rival, self.baseline_side.rival = self.baseline_side, side
+            note = f"{free_mb:.0f} MB are free and a load needs {needed_mb:.0f}: the two models are loaded in turns"
+            console.print(f"  {note}", markup=False)
+            record["notes"] = [note]
+
+    def _interleave(self, name: str, side: Side) -> interleave.Comparison:
+        side.call("block")  # warm-up of the same shape, discarded
+        with console.status(f"{name}: timing in turns with the baseline") as status:
+            return interleave.interleave(
+                lambda: self.baseline_side.call("block"), lambda: side.call("block"),
+                pairs=self.args.workload.repeats, seed=self.args.seed, precision=self.args.precision,
+                budget_s=self.args.budget_s, progress=lambda done, _: status.update(f"{name}: timing, pair {done}"),
+            )  # fmt: skip
+
+    def _measure_axes(self, name: str, side: Side) -> list[dict] | None:
+        """The other depths and batch sizes asked for, each as its own small interleaved comparison."""
+        points = []
+        for depth, batch_size in self.args.axes:
+            where = {"depth": depth, "batch_size": batch_size}
+            with console.status(f"{name}: depth {depth}, batch {batch_size}"):
+                warm = [one.call("point", **where) for one in (self.baseline_side, side)]
+                comparison = interleave.interleave(
+                    lambda where=where: self.baseline_side.call("point", **where)["rates"],
+                    lambda where=where: side.call("point", **where)["rates"], pairs=AXIS_PAIRS, seed=self.args.seed,
+                )  # fmt: skip
+            ratio = comparison.ratio("decode_tokens_per_s")
+            medians = [statistics.median(sample.get("decode_tokens_per_s", 0) for sample in samples) or None
+                       for samples in (comparison.baseline, comparison.variant)]  # fmt: skip
+            points.append(where | {
+                "baseline_decode_tokens_per_s": medians[0], "decode_tokens_per_s": medians[1],
+                "speedup": ratio and ratio.median, "baseline_kv_cache_mb": warm[0]["kv_cache_mb"],
+                "kv_cache_mb": warm[1]["kv_cache_mb"],
+            })  # fmt: skip
+        return points or None
+
+    def _measure_noise_floor(self) -> None:
+        """The baseline against itself: what this run would call a difference where there is none."""
+        side = Side(replace(self._job([])))
+        try:
+            self._make_room({}, side)
+            comparison = self._interleave("A/A, the baseline against itself", side)
+        except RecipeError as error:
+            console.print(f"  the A/A comparison ended: {error}", markup=False)
+            return
+        finally:
+            side.release()
+            self.baseline_side.rival = None
+        self.store.aa = judgement.noise_floor(comparison)
+        console.print(f"  {judgement.noise_sentence(self.store.aa)}", markup=False)
+
+    def _fill_speed(self, record: dict, samples: list[dict]) -> None:
+        record["samples"] = {key: [sample[key] for sample in samples if key in sample] for key in SPEED_QUANTITIES}
+        for key, values in record["samples"].items():
+            record[key] = statistics.median(values) if values else None
+        judgement.explain_speed(record, self.bandwidth_gb_per_s)
+
+    def _continuations(self, side: Side) -> list[list[int]]:
+        return side.call("continuations", prompts=self.inputs.prompt_ids, new_tokens=inputs.CONTINUATION_TOKENS)
+
+    def _texts(self, baseline: list[list[int]], variant: list[list[int]] | None) -> list[dict]:
+        decode = self.tokenizer.decode
+        rows = [{"prompt": prompt, "baseline": decode(ids)} for prompt, ids in zip(self.inputs.prompts, baseline, strict=True)]
+        for row, ours, theirs in zip(rows, variant or [], baseline, strict=False):
+            differing = (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
+            row |= {"variant": decode(ours), "first_divergent_token": next(differing, None)}
+        return rows
+
+    def _report_line(self, record: dict) -> None:
+        if record["status"] != "ok":
+            console.print(f"  {record['name']}: {record['status']}: {record['reason']}", markup=False)
+            return
+        console.print(f"  {judgement.one_line(record)}", markup=False)

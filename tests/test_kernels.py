@@ -1,0 +1,212 @@
+"""The C++ kernels against their twins in pure PyTorch, and the twins against plain arithmetic."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import int8
+from kernels.build import cpu_variant, load_kernels
+
+SHAPES = [(1, 5), (7, 13), (64, 300), (449, 100), (576, 576)]  # N, K: also none a multiple of 8 or 4
+ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 16, 64, 129, 600]
+GROUPS = [32, 64, 128, None]  # None: one scale per row
+
+
+@pytest.fixture(params=["avx2", "portable"])
+def kernels(request):
+    """Runs the test once with every variant of the inner loops that this CPU has."""
+    if reason := load_kernels():
+        pytest.skip(reason)
+    try:
+        torch.ops.tinyopt.select_variant(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    assert cpu_variant() == request.param
+    yield torch.ops.tinyopt
+    torch.ops.tinyopt.select_variant("")
+
+
+def make(m, n, k, group, seed=0):
+    """Returns x [m, k], int8 weight [n, k], its scale and bias, with group resolved and usable for this k."""
+    generator = torch.Generator().manual_seed(seed)
+    group = k if group is None or group >= k else group
+    x = torch.randn(m, k, generator=generator)
+    weight = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+    scale = torch.rand(n, -(-k // group), generator=generator) / 100 + 1e-3
+    return x, weight, scale, torch.randn(n, generator=generator), group
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    """Largest difference, relative to the largest value: single sums may cancel to almost nothing."""
+    assert actual.dtype == torch.float32 and actual.shape == expected.shape
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("n,k", SHAPES)
+def test_products_equal_their_twins(kernels, n, k, group):
+    for m in ROWS:
+        if m > 16 and n * k > 50_000 and cpu_variant() == "portable":
+            continue  # the same code as for fewer rows, and slow
+        x, weight, scale, bias, size = make(m, n, k, group)
+        packed = kernels.pack_int8(weight)
+        expected = int8.int8_linear_reference(x, weight, scale, size, bias)
+        assert_close(kernels.int8_linear(x, packed, scale, size, bias), expected)
+        assert_close(kernels.int8_linear(x, packed, scale, size), expected - bias)
+        expected = int8.int8_weight_only_reference(x, weight, scale, size, bias)
+        assert_close(kernels.int8_weight_only_linear(x, packed, scale, size, bias), expected)
+        assert_close(int8.int8_weight_only_linear(x, packed, scale, size, bias), expected)
+        half = weight.bfloat16() / 100
+        assert_close(kernels.bf16_linear(x, half, bias), int8.bf16_linear_reference(x, half, bias))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_result_does_not_depend_on_threads(kernels, threads):
+    x, weight, scale, bias, group = make(9, 449, 1000, 64)
+    packed, half = kernels.pack_int8(weight), weight.bfloat16()
+    before = torch.get_num_threads()
+    expected = kernels.int8_linear(x, packed, scale, group, bias), kernels.bf16_linear(x, half)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(kernels.int8_linear(x, packed, scale, group, bias), expected[0])
+        assert torch.equal(kernels.bf16_linear(x, half), expected[1])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("group", [32, 2048])
+def test_largest_values_do_not_saturate(kernels, group):
+    """With scale 1 every product and sum is an integer: the result must be equal, not close."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        x = 127.0 * (torch.randint(0, 2, (6, 2048), generator=generator) * 2 - 1)
+        weight = (127 * (torch.randint(0, 2, (24, 2048), generator=generator) * 2 - 1)).to(torch.int8)
+        x[0], weight[0], weight[1] = 127.0, 127, -127
+        scale = torch.ones(24, 2048 // group)
+        expected = (x.double() @ weight.double().T).float()
+        packed = kernels.pack_int8(weight)
+        assert torch.equal(kernels.int8_linear(x, packed, scale, group), expected)
+        assert torch.equal(int8.int8_linear_reference(x, weight, scale, group), expected)
+
+
+def test_outliers_zeros_and_denormals_quantise_like_the_twin(kernels):
+    x, _, _, _, group = make(6, 8, 128, 32)
+    x[0] = 0
+    x[1, 5] = 1e6
+    x[2] *= 1e-44  # a scale of one denormal step: quotients above 127 must be cut
+    x[3] = torch.arange(128) - 63.5  # ties
+    x[4] *= 1e38
+    identity = torch.eye(128, dtype=torch.int8)
+    out = kernels.int8_linear(x, kernels.pack_int8(identity), torch.ones(128, 4), group)
+    assert torch.equal(out, int8.dequantize_groups(*int8.quantize_groups(x, group), group))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_bad_row_becomes_nan_and_the_others_stay(kernels, bad):
+    x, weight, scale, bias, group = make(6, 20, 100, 32)
+    clean = kernels.int8_linear(x, kernels.pack_int8(weight), scale, group, bias)
+    x[4, 77] = bad
+    for product in (kernels.int8_linear, kernels.int8_weight_only_linear):
+        out = product(x, kernels.pack_int8(weight.clamp(min=1)), scale, group, bias)
+        assert not out[4].isfinite().any() and out[[0, 1, 2, 3, 5]].isfinite().all()
+    out = kernels.int8_linear(x, kernels.pack_int8(weight), scale, group, bias)
+    assert out[4].isnan().all() and torch.equal(out[:4], clean[:4]) and torch.equal(out[5], clean[5])
+    assert int8.int8_linear_reference(x, weight, scale, group)[4].isnan().all()
+
+
+def test_other_dtypes_and_strides(kernels):
+    x, weight, scale, bias, group = make(10, 40, 96, 32)
+    packed = kernels.pack_int8(weight)
+    for dtype in (torch.bfloat16, torch.float16):
+        expected = int8.int8_linear_reference(x.to(dtype), weight, scale, group, bias)
+        assert_close(kernels.int8_linear(x.to(dtype), packed, scale, group, bias), expected)
+    expected = kernels.int8_linear(x[::2].contiguous(), packed, scale, group, bias)
+    assert torch.equal(kernels.int8_linear(x[::2], packed, scale, group, bias), expected)
+    assert torch.equal(kernels.pack_int8(weight.t().contiguous().t()), packed)
+    batched = int8.int8_linear(x.view(2, 5, 96), packed, scale, group, bias)
+    assert torch.equal(batched.view(10, 40), kernels.int8_linear(x, packed, scale, group, bias))
+    assert kernels.int8_linear(x[:0], packed, scale, group, bias).shape == (0, 40)
+
+
+@pytest.mark.parametrize("n,k", SHAPES)
+def test_packing_round_trip(kernels, n, k):
+    weight = make(1, n, k, None)[1]
+    packed = kernels.pack_int8(weight)
+    assert packed.shape == (-(-n // 8), -(-k // 4), 8, 4)
+    assert torch.equal(kernels.unpack_int8(packed, n, k), weight)
+    assert torch.equal(int8.unpack(packed, n, k), weight)
+
+
+def test_bad_arguments_are_refused(kernels):
+    x, weight, scale, bias, group = make(2, 16, 64, 32)
+    packed = kernels.pack_int8(weight)
+    with pytest.raises(RuntimeError, match="-127"):
+        kernels.pack_int8(torch.full((2, 2), -128, dtype=torch.int8))
+    with pytest.raises(RuntimeError, match="w_scale must be"):
+        kernels.int8_linear(x, packed, scale[:, :1], group)
+    with pytest.raises(RuntimeError, match="multiple of 4"):
+        kernels.int8_linear(x, packed, scale, 30)
+    with pytest.raises(RuntimeError, match="pack_int8"):
+        kernels.int8_linear(torch.randn(2, 60), packed, scale, group)
+    with pytest.raises(RuntimeError, match="bias"):
+        kernels.int8_linear(x, packed, scale, group, bias[:3])
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        kernels.bf16_linear(x, weight)
+    with pytest.raises(RuntimeError, match="inputs"):
+        kernels.bf16_linear(x, weight.bfloat16()[:, :32].contiguous())
+
+
+def test_torch_compile_sees_through(kernels):
+    x, weight, scale, bias, group = make(3, 16, 64, 32)
+    packed, half = kernels.pack_int8(weight), weight.bfloat16()
+
+    def forward(x):
+        y = int8.int8_linear(x, packed, scale, group, bias)
+        return y + int8.int8_weight_only_linear(x, packed, scale, group) + int8.bf16_linear(x, half)
+
+    assert torch.equal(torch.compile(forward, backend="aot_eager", fullgraph=True)(x), forward(x))
+
+
+def test_quantisation_is_symmetric_and_rounds_half_to_even():
+    x = torch.tensor([[127.0, 0.5, 1.5, -2.5, -127.0, 0.0, 0.0, 0.0, 3.0]])
+    q, scale = int8.quantize_groups(x, 4)
+    assert q.tolist() == [[127, 0, 2, -2, -127, 0, 0, 0, 127]]
+    assert_close(scale, torch.tensor([[1.0, 1.0, 3 / 127]]))
+    assert_close(int8.dequantize_groups(q, scale, 4), q * scale.repeat_interleave(4, 1)[:, :9])
+
+
+def test_twin_sums_long_groups_exactly():
+    x, weight = torch.full((1, 5000), 127.0), torch.full((3, 5000), 127, dtype=torch.int8)
+    x[0, 0] = 126.0
+    out = int8.int8_linear_reference(x, weight, torch.ones(3, 1), 5000)
+    assert (out == torch.tensor(126 * 127 + 4999 * 127 * 127, dtype=torch.float32)).all()
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+def test_onednn_path_matches_the_twin_where_it_cannot_saturate():
+    x, weight, scale, bias, group = make(5, 40, 96, None)
+    weight = weight.clamp(-60, 60)
+    expected = int8.int8_linear_reference(x, weight, scale, group, bias)
+    assert_close(int8.int8_linear(x, int8.pack_onednn(weight), scale, group, bias), expected)
+    assert isinstance(int8.onednn_is_exact(), bool)
+
+
+def test_without_kernels_the_twin_answers():
+    code = (
+        "import torch; from kernels import build, int8\n"
+        "w = torch.ones(3, 5, dtype=torch.int8)\n"
+        "assert 'TINYOPT_NO_KERNELS' in build.load_kernels() and int8.pack(w) is w\n"
+        "assert int8.int8_linear(torch.ones(2, 5), w, torch.ones(3, 1), 5).shape == (2, 3)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TINYOPT_NO_KERNELS": "1"})
+
+
+def test_a_missing_compiler_is_a_reason_not_a_crash(tmp_path):
+    code = "from kernels import build; print(build.load_kernels())"
+    environment = os.environ | {"PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    environment.pop("CXX", None)
+    out = subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True, text=True)
+    assert "no C++ compiler found" in out.stdout
