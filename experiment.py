@@ -73,7 +73,9 @@ def describe(args, prepared: inputs.Inputs, environment: dict) -> tuple[dict, di
         "quality": prepared.quality_protocol, "axes": args.axes, "precision": args.precision, "budget_s": args.budget_s,
         "prompts_sha256": prepared.sha256,
     }  # fmt: skip
-    machine = {key: environment[key] for key in ("cpu", "gpu", "threads", "os", "torch", "transformers", "commit", "code_sha256")}
+    machine = {
+        key: environment[key] for key in ("cpu", "gpu", "threads", "os", "torch", "transformers", "commit", "code_sha256")
+    }
     identity = {"workload": workload, "model": [args.source.name, args.source.revision], "device": str(args.torch_device)}
     # Through JSON and back, so that it compares equal to what a file holds (tuples become lists).
     return workload, json.loads(json.dumps(identity | machine))
@@ -85,12 +87,13 @@ def publish(store: ResultsFolder, *, as_json: bool) -> None:
         return
     import charts
 
+    consolidated = report.load_results(store.folder)  # as written: the charts carry a digest of what they show
     if as_json:
-        print(json.dumps(store.consolidated()))
+        print(json.dumps(consolidated))
     else:
-        report.print_table(store.consolidated())
+        report.print_table(consolidated)
     try:
-        charts.draw_all(store.consolidated(), store.folder)
+        charts.draw_all(consolidated, store.folder)
     except OSError as error:
         console.print(f"no charts: {error}", markup=False)
         return

@@ -52,7 +52,9 @@ def retention_verdicts(interval: list[float] | None) -> dict | None:
     if interval is None:
         return None
     low, high = interval
-    return {f"{level:.1%}": "kept" if low >= level else "lost" if high < level else "not resolved" for level in RETENTION_LEVELS}
+    return {
+        f"{level:.1%}": "kept" if low >= level else "lost" if high < level else "not resolved" for level in RETENTION_LEVELS
+    }
 
 
 def noise_floor(comparison: interleave.Comparison) -> dict:
@@ -80,7 +82,9 @@ def explain(record: dict) -> str | None:
     ceiling = record["ceiling_speedup"]
     if ceiling > 1.005:
         record["captured"] = (record["speedup"] - 1) / (ceiling - 1)
-    sentence = f"{record['speedup']:.2f}x of at most {ceiling:.2f}x by the {record['bytes_per_token'] / 1e6:.0f} MB read per token"
+    sentence = (
+        f"{record['speedup']:.2f}x of at most {ceiling:.2f}x by the {record['bytes_per_token'] / 1e6:.0f} MB read per token"
+    )
     if record["mbu"] is None:
         return sentence
     return sentence + (

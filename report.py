@@ -49,7 +49,7 @@ def load_results(folder):
 def number(record, key):
     """The value as a number, or None where it was not measured (null, missing, NaN or infinite)."""
     value = (record or {}).get(key)
-    return value if type(value) in (int, float) and math.isfinite(value) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def interval(record, key):
@@ -230,9 +230,7 @@ def row_sentence(consolidated, name):
         return escape(f"No result - {row[1]}")
     speed = f"{times(factor, ends)}, " if factor is not None and record is not baseline else ""
     speed += f"{row[1].split(' (')[0]} tokens/s" + (f" ({record['verdict']})" if record.get("verdict") else "")
-    quality = f"perplexity {row[4].replace('(', '(retention ')}" + (
-        f" ({RANDOM})" if record.get("random_weights") else ""
-    )
+    quality = f"perplexity {row[4].replace('(', '(retention ')}" + (f" ({RANDOM})" if record.get("random_weights") else "")
     return escape(f"Measured: decode {speed}; peak memory in MB {row[2]}; model size in MB {row[3]}; {quality}.")
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels import linear
+from kernels.int8 import bf16_linear
 
 
 class HalfLinear(nn.Module):
@@ -20,12 +20,14 @@ class HalfLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.native = source.in_features, source.out_features, native
         self.weight = weight if weight is not None else _half(source.weight, dtype)
-        self.bias = None if source.bias is None else nn.Parameter(source.bias.data.to(dtype if native else torch.float32), False)
+        self.bias = (
+            None if source.bias is None else nn.Parameter(source.bias.data.to(dtype if native else torch.float32), False)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.native:
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-        return linear.half_weight_linear(x, self.weight, self.bias)
+        return bf16_linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}, native={self.native}"

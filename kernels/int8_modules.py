@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kernels import linear
-from kernels.int8 import dequantize_groups, quantize_groups
+from kernels.build import cpu_variant, load_kernels
+from kernels.int8 import dequantize_groups, int8_linear, int8_weight_only_linear, pack, quantize_groups
 
 
 class Int8Linear(nn.Module):
@@ -27,12 +27,12 @@ class Int8Linear(nn.Module):
             weight = (weight.float() / scale).round().clamp(-127, 127).to(torch.int8)
         else:
             weight, scale = quantize_groups(weight, self.group_size)
-        self.register_buffer("weight", linear.pack(weight))
+        self.register_buffer("weight", pack(weight))
         self.register_buffer("scale", scale)
         self.bias = None if source.bias is None else nn.Parameter(source.bias.data.float(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        multiply = linear.int8_linear if self.int8_activations else linear.int8_weight_only_linear
+        multiply = int8_linear if self.int8_activations else int8_weight_only_linear
         return multiply(x, self.weight, self.scale, self.group_size, self.bias).to(x.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -91,3 +91,10 @@ class ClassicLinear(nn.Module):
         weight = self._inner[0].weight()
         tensors = {"weight": weight.int_repr(), "scale": torch.tensor([weight.q_scale()])}
         return tensors if self._inner[0].bias() is None else tensors | {"bias": self._inner[0].bias()}
+
+
+def kernel_note(device: torch.device) -> str:
+    """Which arithmetic runs on `device`: for the record's notes."""
+    if device.type != "cpu":
+        return f"PyTorch twin on {device.type}"
+    return load_kernels() or f"C++ kernels, {cpu_variant()}"

@@ -92,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = cli.build_parser(__doc__)
     defaults = apply.__kwdefaults__
-    parser.add_argument("--dtype", choices=["auto", *DTYPES], default=defaults["dtype"], help="default: fp16 on CUDA and MPS, bf16 on CPU")
+    parser.add_argument(
+        "--dtype", choices=["auto", *DTYPES], default=defaults["dtype"], help="default: fp16 on CUDA and MPS, bf16 on CPU"
+    )
     parser.add_argument("--untie", action="store_true", help="keep a float32 copy of a tied embedding table")
     args = cli.parse(parser, argv)
     steps = [("mixed_precision", {"dtype": args.dtype, "untie": args.untie})]

@@ -29,8 +29,7 @@ import cli
 from devices import Unsupported
 from inference import Inference
 from kernels.attention import use_grouped_heads
-from kernels.int8_modules import ClassicLinear, Int8Linear, Int8Table
-from kernels.linear import kernel_note
+from kernels.int8_modules import ClassicLinear, Int8Linear, Int8Table, kernel_note
 from kernels.modules import is_tied, replace_linears
 
 SCHEMES = ("auto", "grouped", "dynamic", "weight-only", "classic")
@@ -110,7 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scheme", choices=SCHEMES, default=defaults["scheme"], help="default: %(default)s")
     parser.add_argument("--granularity", choices=["channel", "tensor"], default=defaults["granularity"],
         help="scales of dynamic and weight-only weights (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--group-size", type=int, default=defaults["group_size"], help="inputs per scale (default: %(default)s)")
+    parser.add_argument(
+        "--group-size", type=int, default=defaults["group_size"], help="inputs per scale (default: %(default)s)"
+    )
     parser.add_argument("--embeddings", choices=["int8", "float"], default=defaults["embeddings"],
         help="how the input embedding table is stored (default: %(default)s)")  # fmt: skip
     args = cli.parse(parser, argv)

@@ -1,0 +1,95 @@
+"""The peak of memory against allocations of known size."""
+
+import pytest
+import torch
+
+import memory
+from memory import PeakMemory, resident_mb
+
+CPU = torch.device("cpu")
+SIZE_MB = 400
+
+
+def allocate(megabytes):
+    return torch.ones(int(megabytes * 1e6 / 4))  # written, so that every page is resident
+
+
+@pytest.fixture(params=["own counter", "sampled"])
+def peak(request, monkeypatch):
+    """The counter this machine offers, and the sampler that stands in where there is none."""
+    if request.param == "sampled":
+        monkeypatch.setattr(memory, "_method", lambda device: ("sampled resident set", memory.SAMPLING_INTERVAL_MS))
+    return PeakMemory(CPU)
+
+
+def test_known_allocation_is_seen(peak):
+    """400 MB held within the block add 400 MB to the peak, to 5 %."""
+    before = resident_mb()
+    with peak:
+        held = allocate(SIZE_MB)
+        assert held[0] == 1
+        if peak.interval_ms:
+            threading_wait(peak)
+    assert peak.peak_mb - before == pytest.approx(SIZE_MB, rel=0.05)
+
+
+def threading_wait(peak):
+    """Long enough for a few samples."""
+    import time
+
+    time.sleep(5 * peak.interval_ms / 1000)
+
+
+def test_what_was_freed_within_the_block_still_counts(peak):
+    """A peak is the highest moment, not the last: 400 MB given back before the block ends are seen."""
+    before = resident_mb()
+    with peak:
+        held = allocate(SIZE_MB)
+        if peak.interval_ms:
+            threading_wait(peak)
+        del held
+    assert peak.peak_mb - before == pytest.approx(SIZE_MB, rel=0.05)
+    assert resident_mb() - before < 0.2 * SIZE_MB
+
+
+def test_an_earlier_peak_is_forgotten(peak):
+    """The counter starts afresh: what another phase once used is not charged to this one."""
+    held = allocate(SIZE_MB)
+    del held
+    before = resident_mb()
+    with peak:
+        small = allocate(20)
+        assert small[0] == 1
+        if peak.interval_ms:
+            threading_wait(peak)
+    assert peak.peak_mb - before < 60
+
+
+def test_phases_are_apart():
+    """Of two phases in turn, each reads its own peak."""
+    before = resident_mb()
+    with PeakMemory(CPU) as first:
+        held = allocate(SIZE_MB)
+        del held
+    with PeakMemory(CPU) as second:
+        held = allocate(SIZE_MB / 2)
+        del held
+    assert first.peak_mb - before == pytest.approx(SIZE_MB, rel=0.05)
+    assert second.peak_mb - before == pytest.approx(SIZE_MB / 2, rel=0.10)
+
+
+def test_an_error_in_the_block_gets_through():
+    """The block's own exception is what the caller sees, and a sampler does not stay behind."""
+    import threading
+
+    before = threading.active_count()
+    with pytest.raises(KeyError), PeakMemory(CPU):
+        raise KeyError("mine")
+    assert threading.active_count() == before
+
+
+def test_the_method_is_named():
+    """A record says how the peak was taken, and 0 ms where the counter is exact."""
+    with PeakMemory(CPU) as peak:
+        pass
+    assert (peak.method, peak.interval_ms) in [("VmHWM", 0), ("sampled resident set", 10)]
