@@ -33,7 +33,7 @@ def build_parser(docstring: str, **kwargs) -> argparse.ArgumentParser:
     work.add_argument("--prompt-tokens", "-p", type=int, default=None, help=f"default: {DEFAULTS.prompt_tokens}")
     work.add_argument("--new-tokens", "-n", type=int, default=None, help=f"default: {DEFAULTS.new_tokens}")
     work.add_argument("--depth", "-d", type=int_list, default=None, metavar="D[,D...]",
-        help="tokens in the cache before the prompt; the first is the main workload, the others become a chart (default: 0)")  # fmt: skip
+        help="tokens in the cache before the prompt; the first is the main workload, others a chart (default: 0)")  # fmt: skip
     work.add_argument("--batch-size", "-b", type=int_list, default=None, metavar="B[,B...]", help="likewise (default: 1)")
     work.add_argument("--repeats", "-r", type=int, default=None, help=f"least interleaved pairs (default: {DEFAULTS.repeats})")
     work.add_argument("--precision", type=ratio, default=0.02,

@@ -5,6 +5,7 @@ Everything above asks here, so that a CUDA, MPS or CPU difference is written dow
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -47,10 +48,8 @@ def release_memory(device: torch.device) -> None:
     elif device.type == "mps":
         torch.mps.empty_cache()
     elif sys.platform == "linux":
-        try:
+        with contextlib.suppress(OSError, AttributeError):  # musl and others have no malloc_trim and keep little
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed blocks otherwise
-        except (OSError, AttributeError):
-            pass  # musl and others have no malloc_trim and keep little
 
 
 def available_memory_mb(device: torch.device) -> float:

@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
@@ -79,7 +79,7 @@ def environment(*, device: torch.device, threads: int) -> dict:
         "os": platform.platform(),
         "load_average": [round(value, 2) for value in psutil.getloadavg()],
         "power_source": power_source(),
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -25,6 +25,8 @@ using std::optional;
 
 constexpr int64_t kMaxGroup = 131072;  // 127 * 127 * kMaxGroup still fits int32
 
+constexpr int64_t kManyRows = 9;
+
 const Variant* active = nullptr;
 
 // Makes the named variant the active one, or with "" the best that this CPU runs. Returns its name.
@@ -95,8 +97,14 @@ std::pair<Tensor, Tensor> quantize_rows(const Tensor& x, int64_t group) {
   return {q, scales};
 }
 
-// Runs `tiles` over all panels, in torch's own threads. `tile` holds what is common to all calls; `enter_panel` sets
-// its weights for the panel that starts at a channel.
+// What a thread keeps for the panel it is in.
+struct PanelScratch {
+  std::vector<float> w_scale;  // [groups, kChannels]
+  std::vector<WidePanel> wide;
+};
+
+// Runs `tiles` over all panels, in torch's own threads. `common` holds what all calls share; `enter_panel` sets the
+// weights for the panel that starts at a channel.
 template <class EnterPanel>
 Tensor multiply(const TileFn* tiles, const Tile& common, int64_t row_bytes, int64_t m, int64_t n,
                 const std::optional<Tensor>& bias, EnterPanel enter_panel) {
@@ -107,14 +115,14 @@ Tensor multiply(const TileFn* tiles, const Tile& common, int64_t row_bytes, int6
   const int64_t grain = ceil_div(1 << 18, m * common.k * kChannels + 1);
   at::parallel_for(0, ceil_div(n, kChannels), grain, [&](int64_t begin, int64_t end) {
     Tile t = common;
-    std::vector<float> w_scale(groups * kChannels, 0.f);
+    PanelScratch scratch{std::vector<float>(groups * kChannels, 0.f), {}};
     float result[kRows * kChannels];
     t.out = result;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panel * kChannels;
       t.channels = static_cast<int>(std::min<int64_t>(kChannels, n - first));
-      enter_panel(t, first, w_scale.data());
-      t.w_scale = w_scale.data();
+      enter_panel(t, first, scratch);
+      t.w_scale = scratch.w_scale.data();
       for (int64_t row = 0; row < m; row += kRows) {
         const int rows = static_cast<int>(std::min<int64_t>(kRows, m - row));
         t.x = static_cast<const char*>(common.x) + row * row_bytes;
@@ -171,7 +179,9 @@ Tensor unpack_int8(const Tensor& packed, int64_t n, int64_t k) {
   return padded.slice(0, 0, n).slice(1, 0, k).contiguous();
 }
 
-Tensor multiply_packed(const TileFn* tiles, const Tensor& rows, const Tensor* x_scale, int64_t k, const Tensor& packed,
+using WidenFn = void (*)(const Tile&, WidePanel*);
+
+Tensor multiply_packed(const TileFn* tiles, WidenFn widen, const Tensor& rows, const Tensor* x_scale, int64_t k, const Tensor& packed,
                        const Tensor& w_scale, int64_t group, const optional<Tensor>& bias) {
   Tile tile{};
   tile.x = rows.const_data_ptr();
@@ -183,11 +193,16 @@ Tensor multiply_packed(const TileFn* tiles, const Tensor& rows, const Tensor* x_
   const float* scales = w_scale.const_data_ptr<float>();
   const int64_t n = w_scale.size(0), groups = w_scale.size(1), block_bytes = packed.size(1) * 32;
   const int64_t row_bytes = rows.size(1) * static_cast<int64_t>(rows.element_size());
-  return multiply(tiles, tile, row_bytes, rows.size(0), n, bias, [&](Tile& t, int64_t first, float* panel_scale) {
+  return multiply(tiles, tile, row_bytes, rows.size(0), n, bias, [&](Tile& t, int64_t first, PanelScratch& scratch) {
     t.w[0] = w + first / 8 * block_bytes;
     t.w[1] = t.channels > 8 ? w + (first / 8 + 1) * block_bytes : t.w[0];  // no second block: its sums are dropped
     for (int c = 0; c < t.channels; ++c)
-      for (int64_t g = 0; g < groups; ++g) panel_scale[g * kChannels + c] = scales[(first + c) * groups + g];
+      for (int64_t g = 0; g < groups; ++g) scratch.w_scale[g * kChannels + c] = scales[(first + c) * groups + g];
+    if (widen) {
+      scratch.wide.resize(packed.size(1));
+      widen(t, scratch.wide.data());
+      t.w[0] = scratch.wide.data();
+    }
   });
 }
 
@@ -198,7 +213,9 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& w_scale,
   const Tensor rows = check_x("int8_linear", x, w_scale.size(0), bias);
   check_packed("int8_linear", x, packed, w_scale, group);
   const auto [q, x_scale] = quantize_rows(rows, group);
-  return multiply_packed(active->int8, q, &x_scale, x.size(1), packed, w_scale, group, bias);
+  const bool wide = x.size(0) >= kManyRows && active->widen;
+  return multiply_packed(wide ? active->int8_many : active->int8, wide ? active->widen : nullptr, q, &x_scale,
+                         x.size(1), packed, w_scale, group, bias);
 }
 
 // The same with float32 activations. Meant for few rows: above 8, dequantised blocks and a float32 GEMM are faster.
@@ -206,7 +223,7 @@ Tensor int8_weight_only_linear(const Tensor& x, const Tensor& packed, const Tens
                                const optional<Tensor>& bias) {
   const Tensor rows = check_x("int8_weight_only_linear", x, w_scale.size(0), bias);
   check_packed("int8_weight_only_linear", x, packed, w_scale, group);
-  return multiply_packed(active->weight_only, arrange_rows(rows, 4), nullptr, x.size(1), packed, w_scale, group, bias);
+  return multiply_packed(active->weight_only, nullptr, arrange_rows(rows, 4), nullptr, x.size(1), packed, w_scale, group, bias);
 }
 
 // bfloat16 weights [N, K] as they are, float32 activations and sums. Meant for few rows, like the one above.
@@ -222,7 +239,7 @@ Tensor bf16_linear(const Tensor& x, const Tensor& w, const optional<Tensor>& bia
   tile.k = tile.group = w.size(1);
   const char* p = static_cast<const char*>(w.const_data_ptr());
   return multiply(active->bf16, tile, rows.size(1) * 4, x.size(0), w.size(0), bias,
-                  [&](Tile& t, int64_t first, float*) { t.w[0] = p + first * t.k * 2; });
+                  [&](Tile& t, int64_t first, PanelScratch&) { t.w[0] = p + first * t.k * 2; });
 }
 
 }  // namespace

@@ -20,10 +20,7 @@
 
 namespace {
 
-#ifndef KR
-#define KR 4
-#endif
-constexpr int kRows = KR;       // 4 rows x 2 vectors = 8 accumulators, which leaves registers for weights: 6 rows spill
+constexpr int kRows = 4;       // 4 rows x 2 vectors = 8 accumulators, which leaves registers for weights: 6 rows spill
 constexpr int kChannels = 16;  // output channels in a panel
 
 // One call of an inner loop: up to kRows rows times one panel, over all of K.
@@ -39,6 +36,11 @@ struct Tile {
   float* out;              // [rows, kChannels], overwritten
 };
 using TileFn = void (*)(const Tile&);
+
+// Four inputs of a panel as int16: 16 channels times inputs (0, 2), then 16 times (1, 3).
+struct alignas(64) WidePanel {
+  int16_t w[64];
+};
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -98,9 +100,24 @@ void bf16_portable(const Tile& t) {
 
 constexpr int kPrefetch = 1024;  // bytes ahead: 10-15 % more bandwidth at one row; reading past the end is harmless
 
-// Bytes are widened to int16 pairs and multiplied by vpmaddwd, which is exact. vpmaddubsw (8-bit, as in most int8
-// libraries) would saturate at 255 * 127 * 2, and its sign juggling costs more than the two shifts here.
-template <int R>
+TARGET_AVX2 inline __m256i even_bytes(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
+TARGET_AVX2 inline __m256i odd_bytes(__m256i v) { return _mm256_srai_epi16(v, 8); }
+
+TARGET_AVX2 void widen_avx2(const Tile& t, WidePanel* out) {
+  const auto *w0 = static_cast<const __m256i*>(t.w[0]), *w1 = static_cast<const __m256i*>(t.w[1]);
+  for (int64_t s = 0; s < ceil_div(t.k, 4); ++s) {
+    const __m256i a = _mm256_loadu_si256(w0 + s), b = _mm256_loadu_si256(w1 + s);
+    auto* to = reinterpret_cast<__m256i*>(out + s);
+    _mm256_store_si256(to, even_bytes(a));
+    _mm256_store_si256(to + 1, even_bytes(b));
+    _mm256_store_si256(to + 2, odd_bytes(a));
+    _mm256_store_si256(to + 3, odd_bytes(b));
+  }
+}
+
+// Pairs of int16 are multiplied by vpmaddwd, which is exact. vpmaddubsw (8-bit, as in most int8 libraries) would
+// saturate at 255 * 127 * 2, and the sign juggling that avoids it costs more than the shifts here.
+template <int R, bool kWide>
 TARGET_AVX2 void int8_avx2(const Tile& t) {
   const auto* x = static_cast<const int32_t*>(t.x);
   const auto *w0 = static_cast<const __m256i*>(t.w[0]), *w1 = static_cast<const __m256i*>(t.w[1]);
@@ -109,20 +126,24 @@ TARGET_AVX2 void int8_avx2(const Tile& t) {
   __m256 out[R][2] = {};
   for (int64_t g = 0, s = 0; g < groups; ++g) {
     __m256i sum[R][2] = {};
-    for (const int64_t end = std::min(s + group_steps, steps); s < end; ++s) {
-      const __m256i a = _mm256_loadu_si256(w0 + s), b = _mm256_loadu_si256(w1 + s);
-      _mm_prefetch(w0 + s + kPrefetch / 32, _MM_HINT_T0);
-      _mm_prefetch(w1 + s + kPrefetch / 32, _MM_HINT_T0);
-      const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8);
-      const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8);
+    const int64_t end = std::min(s + group_steps, steps);
+#pragma GCC unroll 2
+    for (; s < end; ++s) {
+      __m256i a_even, b_even, a_odd, b_odd;
+      if constexpr (kWide) {
+        a_even = _mm256_load_si256(w0 + 4 * s), b_even = _mm256_load_si256(w0 + 4 * s + 1);
+        a_odd = _mm256_load_si256(w0 + 4 * s + 2), b_odd = _mm256_load_si256(w0 + 4 * s + 3);
+      } else {
+        const __m256i a = _mm256_loadu_si256(w0 + s), b = _mm256_loadu_si256(w1 + s);
+        _mm_prefetch(w0 + s + kPrefetch / 32, _MM_HINT_T0);
+        _mm_prefetch(w1 + s + kPrefetch / 32, _MM_HINT_T0);
+        a_even = even_bytes(a), b_even = even_bytes(b), a_odd = odd_bytes(a), b_odd = odd_bytes(b);
+      }
       for (int r = 0; r < R; ++r) {
         const __m256i v = _mm256_set1_epi32(x[r * stride + 2 * s]);
         sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a_even, v));
         sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b_even, v));
       }
-      asm volatile("" ::: "memory");  // load the weights again below: kept, they would push sums out of registers
-      const __m256i a_odd = _mm256_srai_epi16(_mm256_loadu_si256(w0 + s), 8);
-      const __m256i b_odd = _mm256_srai_epi16(_mm256_loadu_si256(w1 + s), 8);
       for (int r = 0; r < R; ++r) {
         const __m256i v = _mm256_set1_epi32(x[r * stride + 2 * s + 1]);
         sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a_odd, v));
@@ -211,24 +232,21 @@ TARGET_AVX2 void bf16_avx2(const Tile& t) {
 
 // ---- choice of the variant ----
 
+// `widen` may be null; else it serves `int8_many`, whose w[0] is then a WidePanel per 4 inputs: with many rows it pays
+// to widen a panel once instead of once every 4 rows.
 struct Variant {
   const char* name;
   bool (*supported)();
-  TileFn int8[kRows], weight_only[kRows], bf16[kRows];  // indexed by rows - 1
+  void (*widen)(const Tile&, WidePanel*);
+  TileFn int8_many[kRows], int8[kRows], weight_only[kRows], bf16[kRows];  // indexed by rows - 1
 };
-#define BY_ROWS(f, ...) {f<1 __VA_ARGS__>, f<2 __VA_ARGS__>, f<3 __VA_ARGS__>, f<4 __VA_ARGS__>\
- REST(f,__VA_ARGS__)}
-#if KR==6
-#define REST(f,...) ,f<5 __VA_ARGS__>, f<6 __VA_ARGS__>
-#else
-#define REST(f,...)
-#endif
+#define BY_ROWS(f, ...) {f<1 __VA_ARGS__>, f<2 __VA_ARGS__>, f<3 __VA_ARGS__>, f<4 __VA_ARGS__>}
 const Variant kVariants[] = {  // best first
 #if defined(__x86_64__)
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); },
-     BY_ROWS(int8_avx2), BY_ROWS(weight_only_avx2), BY_ROWS(bf16_avx2)},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, widen_avx2,
+     BY_ROWS(int8_avx2, , true), BY_ROWS(int8_avx2, , false), BY_ROWS(weight_only_avx2), BY_ROWS(bf16_avx2)},
 #endif
-    {"portable", [] { return true; },
+    {"portable", [] { return true; }, nullptr, BY_ROWS(packed_portable, , int16_t, int32_t),
      BY_ROWS(packed_portable, , int16_t, int32_t), BY_ROWS(packed_portable, , float, float), BY_ROWS(bf16_portable)},
 };
 

@@ -6,7 +6,7 @@ Idea    A weight is round(w / scale) in [-127, 127], scale = absmax / 127. Decod
 Schemes grouped      one scale per 64 inputs, for weights and for activations (quantised per token, on the fly)
         dynamic      the original's: one scale per output channel, one per token. An outlier in a token's
                      activations coarsens the whole token, which costs a small model 3-4 % of its perplexity
-        weight-only  int8 weights per channel, float activations: the best quality of one scale per channel; prefill gains nothing
+        weight-only  int8 weights per channel, float activations: no outlier hurts, but prefill gains nothing
         classic      torch's deprecated quantize_dynamic, as a contrast: weights per tensor, 7-bit activations
         auto         grouped on a CPU, weight-only on CUDA and MPS, where torch has no grouped integer product
         `--granularity tensor` takes one scale for a whole matrix (the original's formula).

@@ -1,13 +1,23 @@
 """The peak of memory against allocations of known size."""
 
+import threading
+import time
+
 import pytest
 import torch
 
 import memory
+from devices import release_memory
 from memory import PeakMemory, resident_mb
 
 CPU = torch.device("cpu")
 SIZE_MB = 400
+
+
+def settled_mb():
+    """What is resident once earlier tests' freed blocks have been given back, as PeakMemory does on entry."""
+    release_memory(CPU)
+    return resident_mb()
 
 
 def allocate(megabytes):
@@ -24,50 +34,40 @@ def peak(request, monkeypatch):
 
 def test_known_allocation_is_seen(peak):
     """400 MB held within the block add 400 MB to the peak, to 5 %."""
-    before = resident_mb()
+    before = settled_mb()
     with peak:
         held = allocate(SIZE_MB)
         assert held[0] == 1
-        if peak.interval_ms:
-            threading_wait(peak)
+        time.sleep(5 * peak.interval_ms / 1000)  # a few samples
     assert peak.peak_mb - before == pytest.approx(SIZE_MB, rel=0.05)
-
-
-def threading_wait(peak):
-    """Long enough for a few samples."""
-    import time
-
-    time.sleep(5 * peak.interval_ms / 1000)
 
 
 def test_what_was_freed_within_the_block_still_counts(peak):
     """A peak is the highest moment, not the last: 400 MB given back before the block ends are seen."""
-    before = resident_mb()
+    before = settled_mb()
     with peak:
         held = allocate(SIZE_MB)
-        if peak.interval_ms:
-            threading_wait(peak)
+        time.sleep(5 * peak.interval_ms / 1000)  # a few samples
         del held
     assert peak.peak_mb - before == pytest.approx(SIZE_MB, rel=0.05)
-    assert resident_mb() - before < 0.2 * SIZE_MB
+    assert settled_mb() - before < 0.2 * SIZE_MB
 
 
 def test_an_earlier_peak_is_forgotten(peak):
     """The counter starts afresh: what another phase once used is not charged to this one."""
     held = allocate(SIZE_MB)
     del held
-    before = resident_mb()
+    before = settled_mb()
     with peak:
         small = allocate(20)
         assert small[0] == 1
-        if peak.interval_ms:
-            threading_wait(peak)
+        time.sleep(5 * peak.interval_ms / 1000)  # a few samples
     assert peak.peak_mb - before < 60
 
 
 def test_phases_are_apart():
     """Of two phases in turn, each reads its own peak."""
-    before = resident_mb()
+    before = settled_mb()
     with PeakMemory(CPU) as first:
         held = allocate(SIZE_MB)
         del held
@@ -80,8 +80,6 @@ def test_phases_are_apart():
 
 def test_an_error_in_the_block_gets_through():
     """The block's own exception is what the caller sees, and a sampler does not stay behind."""
-    import threading
-
     before = threading.active_count()
     with pytest.raises(KeyError), PeakMemory(CPU):
         raise KeyError("mine")
