@@ -16,7 +16,7 @@ import devices
 import models
 from benchmark import Workload
 
-QUICK = {"new_tokens": 24, "repeats": 3, "quality_windows": 6}
+QUICK = {"new_tokens": 24, "quality_windows": 6}
 DEFAULTS = Workload()
 
 
@@ -42,6 +42,8 @@ def build_parser(docstring: str, **kwargs) -> argparse.ArgumentParser:
         help="... or until a recipe has taken this long (default: 30, with --quick 10)")  # fmt: skip
     work.add_argument("--prompts-file", metavar="FILE", help="your own prompts, one a line")
     work.add_argument("--text-file", metavar="FILE", help="your own evaluation text (UTF-8)")
+    work.add_argument("--quality-windows", type=int, default=None, help=f"default: {DEFAULTS.quality_windows}")
+    work.add_argument("--quality-window", type=int, default=None, help=f"tokens a window (default: {DEFAULTS.quality_window})")
     work.add_argument("--quick", action="store_true", help="a few minutes: fewer tokens, pairs and windows")
     work.add_argument("--seed", type=int, default=0)
     out = parser.add_argument_group("output")
@@ -107,7 +109,7 @@ def make_workload(args: argparse.Namespace, **axes: int) -> Workload:
     names = {field.name for field in fields(Workload)}
     given = {name: value for name, value in vars(args).items() if name in names and value is not None} | axes
     for name, value in given.items():
-        least = 0 if name in ("depth", "seed") else 1
+        least = {"depth": 0, "seed": 0, "quality_window": 2}.get(name, 1)
         if value < least:
             raise ValueError(f"--{name.replace('_', '-')} {value}: choose {least} or more")
     return replace(workload, **given)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 import tempfile
@@ -62,7 +61,7 @@ def run(recipes: dict[str, Steps], args, *, parser, titles: dict[str, str] | Non
 def check_steps(steps: Steps, config) -> None:
     """Let every technique that can judge its options without weights do so. Raises ValueError."""
     for technique, options in steps:
-        check = getattr(importlib.import_module(f"optimizations.{technique}"), "check", None)
+        check = getattr(records.technique_module(technique), "check", None)
         if check is not None:
             check(config, **options)
 

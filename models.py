@@ -123,7 +123,10 @@ def load_tokenizer(source: ModelSource):
     if source.kind == "gguf":
         path = Path(source.location)
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-    return AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--model {source.name}: no usable tokenizer ({_first_line(error)})") from None
 
 
 def carried_file(package: str, relative_path: str, *, sha256: str) -> Path:

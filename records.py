@@ -57,8 +57,12 @@ def busy_notice(environment: dict) -> str | None:
 
 def resolved(technique: str, options: dict) -> dict:
     """`options` with the defaults of the technique's `apply` filled in, so that a record stands alone."""
-    defaults = importlib.import_module(f"optimizations.{technique}").apply.__kwdefaults__ or {}
-    return defaults | options
+    return (technique_module(technique).apply.__kwdefaults__ or {}) | options
+
+
+def technique_module(technique: str):
+    """The module with `apply`: a name in optimizations/, or the dotted path of a module of your own."""
+    return importlib.import_module(technique if "." in technique else f"optimizations.{technique}")
 
 
 def environment(*, device: torch.device, threads: int) -> dict:

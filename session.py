@@ -20,7 +20,7 @@ BASELINE = "baseline"
 SPEED_QUANTITIES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms", "tpot_ms")
 AXIS_PAIRS = 3
 HEADROOM = 1.15  # a load needs this much more than its measured peak before it counts as fitting
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 class Side:

@@ -7,7 +7,6 @@ below the pipeline knows them.
 
 from __future__ import annotations
 
-import importlib
 import multiprocessing
 import shutil
 import signal
@@ -27,7 +26,7 @@ from benchmark import Workload
 from devices import MB, Unsupported, release_memory
 from inference import generate_ids
 from memory import PeakMemory, resident_mb
-from records import file_size_mb
+from records import file_size_mb, technique_module
 
 Steps = list[tuple[str, dict]]
 
@@ -55,7 +54,7 @@ class RecipeError(Exception):
 
 
 class WorkerProcess:
-    """The parent's end. `call("memory")` runs `_Worker.memory` in the process; raises RecipeError if that fails or dies."""
+    """The parent's end. `call("memory")` runs `_Worker.memory` in the process; RecipeError if that fails or dies."""
 
     def __init__(self, job: Job):
         context = multiprocessing.get_context("spawn")  # fork would copy torch's thread pool without its threads
@@ -155,7 +154,7 @@ class _Worker:
         with PeakMemory(self.device) as apply_peak:
             start = time.perf_counter()
             for technique, options in self.job.steps:
-                self.model = importlib.import_module(f"optimizations.{technique}").apply(self.model, **options)
+                self.model = technique_module(technique).apply(self.model, **options)
             apply_s = time.perf_counter() - start
         self.phases["apply_peak_mb"] = apply_peak.peak_mb - self.runtime_mb if self.job.steps else None
         release_memory(self.device)

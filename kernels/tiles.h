@@ -127,27 +127,30 @@ TARGET_AVX2 void int8_avx2(const Tile& t) {
   for (int64_t g = 0, s = 0; g < groups; ++g) {
     __m256i sum[R][2] = {};
     const int64_t end = std::min(s + group_steps, steps);
-#pragma GCC unroll 2
+    if constexpr (kWide) {
+#pragma GCC unroll 4
+      for (int64_t p = 2 * s; p < 2 * end; ++p) {
+        const __m256i a = _mm256_load_si256(w0 + 2 * p), b = _mm256_load_si256(w0 + 2 * p + 1);
+        for (int r = 0; r < R; ++r) {
+          const __m256i v = _mm256_set1_epi32(x[r * stride + p]);
+          sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a, v));
+          sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b, v));
+        }
+      }
+      s = end;
+    }
     for (; s < end; ++s) {
-      __m256i a_even, b_even, a_odd, b_odd;
-      if constexpr (kWide) {
-        a_even = _mm256_load_si256(w0 + 4 * s), b_even = _mm256_load_si256(w0 + 4 * s + 1);
-        a_odd = _mm256_load_si256(w0 + 4 * s + 2), b_odd = _mm256_load_si256(w0 + 4 * s + 3);
-      } else {
-        const __m256i a = _mm256_loadu_si256(w0 + s), b = _mm256_loadu_si256(w1 + s);
-        _mm_prefetch(w0 + s + kPrefetch / 32, _MM_HINT_T0);
-        _mm_prefetch(w1 + s + kPrefetch / 32, _MM_HINT_T0);
-        a_even = even_bytes(a), b_even = even_bytes(b), a_odd = odd_bytes(a), b_odd = odd_bytes(b);
-      }
+      const __m256i a = _mm256_loadu_si256(w0 + s), b = _mm256_loadu_si256(w1 + s);
+      const __m256i a_even = even_bytes(a), b_even = even_bytes(b), a_odd = odd_bytes(a), b_odd = odd_bytes(b);
+      _mm_prefetch(w0 + s + kPrefetch / 32, _MM_HINT_T0);
+      _mm_prefetch(w1 + s + kPrefetch / 32, _MM_HINT_T0);
       for (int r = 0; r < R; ++r) {
-        const __m256i v = _mm256_set1_epi32(x[r * stride + 2 * s]);
-        sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a_even, v));
-        sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b_even, v));
-      }
-      for (int r = 0; r < R; ++r) {
-        const __m256i v = _mm256_set1_epi32(x[r * stride + 2 * s + 1]);
-        sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a_odd, v));
-        sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b_odd, v));
+        const __m256i even = _mm256_set1_epi32(x[r * stride + 2 * s]);
+        const __m256i odd = _mm256_set1_epi32(x[r * stride + 2 * s + 1]);
+        sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a_even, even));
+        sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b_even, even));
+        sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a_odd, odd));
+        sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b_odd, odd));
       }
     }
     for (int r = 0; r < R; ++r) {

@@ -76,6 +76,14 @@ def ids():
 
 
 @pytest.fixture
+def accelerator():
+    """A CUDA or MPS device, or a skip: what a CPU cannot show is a tensor left behind on the other device."""
+    if not torch.accelerator.is_available():
+        pytest.skip("no CUDA or MPS device on this machine")
+    return torch.accelerator.current_accelerator()
+
+
+@pytest.fixture
 def tiny_folder(tmp_path):
     """A folder with config.json and safetensors of a small grouped-head model."""
     make_tiny().save_pretrained(tmp_path / "tiny")

@@ -292,6 +292,15 @@ def test_default_cache_is_transformers_own(tiny):
     assert isinstance(new_cache(apply(tiny())), DynamicCache)
 
 
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_on_an_accelerator(any_tiny, ids, accelerator, ratio):
+    """Pruned on the device it will run on, as the benchmark does: the same heads go as on the CPU."""
+    expected = logits_of(apply(copy.deepcopy(any_tiny), prune_ratio=ratio), ids)
+    pruned = apply(any_tiny.to(accelerator), prune_ratio=ratio)
+    actual = stepwise_logits(pruned, ids.to(accelerator), new_cache(pruned)).cpu()
+    torch.testing.assert_close(actual, expected, atol=1e-2, rtol=0)
+
+
 @pytest.mark.embedded
 def test_embedded_model_pruned(embedded):
     """The real model's 9/3 heads: structural and masked agree on text. L2 pruning hurts it, but it still runs."""

@@ -102,7 +102,12 @@ def test_too_few_pairs_decide_nothing(count):
 
 @pytest.mark.parametrize(
     ("interval", "verdict"),
-    [([1.01, 1.2], "faster"), ([0.8, 0.99], "slower"), ([0.9, 1.1], "no difference resolved"), ([1.0, 1.1], "no difference resolved")],
+    [
+        ([1.01, 1.2], "faster"),
+        ([0.8, 0.99], "slower"),
+        ([0.9, 1.1], "no difference resolved"),
+        ([1.0, 1.1], "no difference resolved"),
+    ],
 )
 def test_verdict_follows_the_interval(interval, verdict):
     """An interval that touches 1 decides nothing."""
@@ -174,6 +179,9 @@ def test_without_precision_exactly_the_pairs_asked_for():
     """And `progress` is told after each pair, with the comparison so far."""
     log, told = [], []
     interleave.interleave(
-        block(log, "A"), block(log, "B"), pairs=3, progress=lambda done, comparison: told.append((done, len(comparison.variant)))
+        block(log, "A"),
+        block(log, "B"),
+        pairs=3,
+        progress=lambda done, comparison: told.append((done, len(comparison.variant))),
     )
     assert told == [(1, 1), (2, 2), (3, 3)]

@@ -111,7 +111,9 @@ def test_bytes_against_a_default_cache(tiny, ids, dtype, saving):
         logits_of(model, ids, cache)
     full = sum(t.untyped_storage().nbytes() for layer in default.layers for t in (layer.keys, layer.values))
     assert cache_bytes(default) == full == 2 * 24 * 2 * 64 * 2 * 3 * dtype.itemsize
-    held = sum(t.untyped_storage().nbytes() for layer in small.layers for t in vars(layer).values() if isinstance(t, torch.Tensor))
+    held = sum(
+        t.untyped_storage().nbytes() for layer in small.layers for t in vars(layer).values() if isinstance(t, torch.Tensor)
+    )
     assert cache_bytes(small) == small.nbytes == held
     assert 1 - held / full >= saving
 
@@ -287,6 +289,15 @@ def test_no_weight_changes(tiny):
 def test_second_cache_is_refused(tiny):
     with pytest.raises(ValueError, match="apply kv_cache_quant once"):
         apply(apply(tiny()))
+
+
+def test_on_an_accelerator(any_tiny, ids, accelerator):
+    """Nothing of the cache stays behind on the CPU, and it is read as there."""
+    expected = logits_of(any_tiny, ids, Int8Cache())
+    model, cache = any_tiny.to(accelerator), Int8Cache()
+    actual = stepwise_logits(model, ids.to(accelerator), cache).cpu()
+    assert (actual - expected).abs().mean() < 0.01
+    assert all(getattr(layer, name).device.type == accelerator.type for layer in cache.layers for name in layer.STORED)
 
 
 @pytest.mark.embedded

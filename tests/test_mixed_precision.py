@@ -140,7 +140,7 @@ def test_biases_are_converted(path):
 def test_logits_stay_close(tiny, ids, path, shape, tied):
     """Cosine above 0.999 with float32 at every position, in one pass and token by token; and not equal, which would mean
     that nothing was converted."""
-    model = tiny(shape, tied=tied)
+    model = tiny(shape, tied=tied, initializer_range=0.08)
     expected = logits_of(model, ids)
     apply(model)
     whole = logits_of(model, ids)
@@ -149,6 +149,15 @@ def test_logits_stay_close(tiny, ids, path, shape, tied):
     cache = new_cache(model)
     chunks = [logits_of(model, ids[:, start : start + 7], cache) for start in range(0, 24, 7)]
     assert cosine(torch.cat(chunks, dim=1), expected) > 0.999
+
+
+@pytest.mark.parametrize("shape", ["grouped", "three_a_group", "multi_head"])
+def test_closer_than_a_model_all_in_bf16(tiny, ids, path, shape):
+    """What stays float32 buys accuracy: the error is below that of `.to(bfloat16)` on the same weights."""
+    model = tiny(shape)
+    expected = logits_of(model, ids)
+    plain = (logits_of(copy.deepcopy(model).bfloat16(), ids) - expected).abs().mean()
+    assert (logits_of(apply(model), ids) - expected).abs().mean() < plain
 
 
 def test_the_residual_stream_is_float32(tiny, ids, path):
@@ -195,6 +204,15 @@ def test_generate(tiny, ids, path):
         by_hand.append(fed)
     assert torch.equal(output[:, 8:], torch.cat(by_hand, dim=1))
     assert generate_ids(model, ids[:, :8], max_new_tokens=4, num_beams=3).shape[1] <= 12
+
+
+def test_on_an_accelerator(tiny, ids, accelerator):
+    """fp16 by default, multiplied by the device."""
+    model = tiny(initializer_range=0.08)
+    expected = logits_of(model, ids)
+    model = apply(model.to(accelerator))
+    assert model.lm_head.weight.dtype == torch.float16 and model.lm_head.native
+    assert cosine(stepwise_logits(model, ids.to(accelerator), new_cache(model)).cpu(), expected) > 0.999
 
 
 # Order

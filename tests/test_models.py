@@ -180,7 +180,9 @@ def test_folder_of_another_architecture(tmp_path):
     one_sentence(error)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model_type": "nothing-known"}', '{"model_type": "llama", "hidden_size": "wide"}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "{}", '{"model_type": "nothing-known"}', '{"model_type": "llama", "hidden_size": "wide"}']
+)
 def test_folder_with_a_broken_config(tmp_path, content):
     """Not JSON, not an object, no architecture in it, or one with a value that is no number."""
     (tmp_path / "config.json").write_text(content)

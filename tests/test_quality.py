@@ -175,6 +175,14 @@ def test_windows_are_compared_at_the_same_place(tiny, windows, tmp_path):
     assert score_variant(other, loaded) == score_variant(other, reference)
 
 
+def test_on_an_accelerator(tiny, windows, accelerator):
+    """MPS has no float64: what needs it must leave the device first."""
+    model = tiny()
+    reference = score_baseline(model, windows, chunk=8)
+    summary = score_variant(model.to(accelerator), reference)
+    assert summary["kl_divergence"] < 1e-3 and summary["top1_agreement"] > 0.99
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_logits_are_no_result(windows, bad):
     """One bad number anywhere ends the scoring instead of becoming a perplexity."""

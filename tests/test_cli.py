@@ -1,0 +1,338 @@
+"""The command line: bad input costs one sentence and exit code 2, never a load; help and defaults say what is true."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny
+
+import cli
+import experiment
+import models
+import run_optimization
+from benchmark import Workload
+
+ROOT = Path(cli.__file__).parent
+TECHNIQUES = sorted(path.stem for path in (ROOT / "optimizations").glob("*.py") if path.stem != "__init__")
+SCRIPTS = ["baseline.py", "run_optimization.py", *(f"optimizations/{name}.py" for name in TECHNIQUES)]
+MODULES = ["baseline", "run_optimization", *(f"optimizations.{name}" for name in TECHNIQUES)]
+
+
+@pytest.fixture
+def config_folder(tmp_path):
+    """A model that is only a configuration, 8 query heads on 2 KV heads, 1024 positions: loading it must fail."""
+    make_tiny(max_position_embeddings=1024).config.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch):
+    """Whoever loads weights or starts a worker in this file has checked an argument too late."""
+
+    def refuse(*_, **__):
+        raise AssertionError("an argument was checked after the model was loaded")
+
+    monkeypatch.setattr(models, "load_model", refuse)
+    monkeypatch.setattr("worker.WorkerProcess.__init__", refuse)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)  # parsing the arguments sets it for the whole process
+
+
+@pytest.fixture
+def refused(config_folder, tmp_path, monkeypatch, capsys):
+    """`refused(arguments, module=...)` runs a script that must exit with 2, and returns the sentence it printed."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(arguments, module="baseline"):
+        # A flag of the test's own comes later and wins.
+        given = ["--model", str(config_folder), "--results-dir", str(tmp_path / "out"), *map(str, arguments)]
+        with pytest.raises(SystemExit) as stop:
+            importlib.import_module(module).main(given)
+        assert stop.value.code == 2
+        captured = capsys.readouterr()
+        assert captured.out == "", "stdout is for results"
+        assert "Traceback" not in captured.err
+        *usage, sentence = captured.err.strip().splitlines()
+        # argparse puts its usage before the sentence; our own checks print the sentence alone
+        assert not usage or usage[0].startswith("usage:"), captured.err
+        return sentence
+
+    return run
+
+
+@pytest.mark.parametrize("flag", ["--prompt-tokens", "--new-tokens", "--batch-size", "--repeats", "-p", "-n", "-b", "-r"])
+@pytest.mark.parametrize("value", ["0", "-1", "-100"])
+def test_counts_below_one(refused, flag, value):
+    """Nothing is measured on nothing: the sentence names the long flag."""
+    names = {"-p": "--prompt-tokens", "-n": "--new-tokens", "-b": "--batch-size", "-r": "--repeats"}
+    assert names.get(flag, flag) in refused([flag, value])
+
+
+@pytest.mark.parametrize("arguments", [["--depth", "-1"], ["--depth", "0,-5"], ["--seed", "-1"], ["--batch-size", "1,0"]])
+def test_other_numbers_out_of_range(refused, arguments):
+    """Depth may be 0, not less; every entry of a list is checked."""
+    assert arguments[0] in refused(arguments)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--prompt-tokens", "--new-tokens", "--depth", "--batch-size", "--repeats", "--threads", "--seed"]
+)
+@pytest.mark.parametrize("value", ["many", "1.5", ""])
+def test_no_number(refused, flag, value):
+    assert flag in refused([flag, value])
+
+
+@pytest.mark.parametrize("value", ["0", "-5", "nan", "soon"])
+def test_budget_that_is_no_time(refused, value):
+    """0 seconds must not become the default in silence, nor NaN a run without end."""
+    assert "--budget-s" in refused(["--budget-s", value])
+
+
+@pytest.mark.parametrize("value", ["0", "1", "nan", "fine"])
+def test_precision_out_of_range(refused, value):
+    assert "--precision" in refused(["--precision", value])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--prompt-tokens", "5000"],
+        ["--new-tokens", "5000"],
+        ["--depth", "1000"],
+        ["--depth", "0,1000"],
+        ["--prompt-tokens", "512", "--new-tokens", "256", "--depth", "257"],
+    ],
+)
+def test_more_tokens_than_positions(refused, arguments):
+    """The sentence names the flags that add up, and the limit; the deepest of a list counts."""
+    sentence = refused(arguments)
+    assert all(flag in sentence for flag in ("--prompt-tokens", "--new-tokens", "--depth", "1024"))
+
+
+def test_all_positions_may_be_used(config_folder, tmp_path):
+    """1024 of 1024 positions is not too many."""
+    flags = ["-m", str(config_folder), "-o", str(tmp_path / "out"), "-p", "512", "-n", "256", "-d", "256"]
+    args = cli.parse(cli.build_parser("doc"), flags)
+    assert args.workload.positions == 1024
+
+
+@pytest.mark.parametrize("recipes", ["no_such_recipe", "int8,no_such_recipe", "", "int8,,head_mask", "INT8"])
+def test_unknown_recipe(refused, recipes):
+    """Among known ones too; the sentence lists what there is."""
+    sentence = refused(["--recipes", recipes], module="run_optimization")
+    assert "--recipes" in sentence and "kv_cache_int8" in sentence
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_results_folder_that_cannot_be_written(refused, tmp_path, below):
+    """A file stands where the folder or one of its parents should be."""
+    (tmp_path / "taken").write_text("a file")
+    assert "--results-dir" in refused(["--results-dir", tmp_path / "taken" / ("deeper" if below else "")])
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+@pytest.mark.parametrize("flag", ["--prompts-file", "--text-file"])
+@pytest.mark.parametrize("content", [None, b"", b" \n\n \t\n", b"\xff\xfe\x00not text"])
+def test_files_of_the_user(refused, tmp_path, flag, content):
+    """Missing, empty, blank, or not UTF-8."""
+    path = tmp_path / "mine.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert flag in refused([flag, path])
+
+
+@pytest.mark.parametrize("flag", ["--prompts-file", "--text-file"])
+def test_a_folder_in_place_of_a_file(refused, tmp_path, flag):
+    assert flag in refused([flag, tmp_path])
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "-1", "abc", "1.0", "nan", "0.0"])
+def test_prune_ratio_out_of_range(refused, ratio):
+    assert "--prune-ratio" in refused(["--prune-ratio", ratio], module="optimizations.head_pruning")
+
+
+@pytest.mark.parametrize("ratio", ["0.99", "0.01"])
+def test_prune_ratio_that_leaves_or_removes_no_head(refused, ratio):
+    """Known from the configuration, so the weights are not needed to say so."""
+    sentence = refused(["--prune-ratio", ratio], module="optimizations.head_pruning")
+    assert "--prune-ratio" in sentence and ("no head of 8" in sentence or "no head at all of 8" in sentence)
+
+
+@pytest.mark.parametrize("size", ["0", "-64", "3", "abc"])
+def test_group_size_out_of_range(refused, size):
+    pytest.importorskip("optimizations.quantization")
+    assert "--group-size" in refused(["--group-size", size], module="optimizations.quantization")
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"),
+    [
+        ("optimizations.head_pruning", "--mode"),
+        ("optimizations.mixed_precision", "--dtype"),
+        ("optimizations.quantization", "--scheme"),
+    ],
+)
+def test_unknown_choice(refused, module, flag):
+    assert flag in refused([flag, "nonsense"], module=module)
+
+
+def test_unknown_device(refused):
+    assert "--device" in refused(["--device", "tpu"])
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_device_that_this_machine_lacks(refused, monkeypatch, device):
+    """A known device that is not here: the sentence says what is."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    sentence = refused(["--device", device])
+    assert f"--device {device}" in sentence and "cpu" in sentence
+
+
+@pytest.mark.parametrize("threads", ["0", "-2", "100000"])
+def test_threads_out_of_range(refused, threads):
+    assert "--threads" in refused(["--threads", threads])
+
+
+@pytest.mark.parametrize("name", ["no-such-model", "no/such/file.gguf", "owner/not-cached", ""])
+def test_unknown_model(refused, name):
+    assert "--model" in refused(["--model", name])
+
+
+def test_model_without_a_tokenizer(refused):
+    """A folder with a configuration but no tokenizer files is the user's mistake, not a crash."""
+    assert "--model" in refused([])
+
+
+def test_unknown_flag(refused):
+    assert "--no-such-flag" in refused(["--no-such-flag", "1"])
+
+
+# Defaults
+
+
+@pytest.fixture
+def started(monkeypatch, config_folder, tmp_path):
+    """`started(module, *arguments)`: what the script hands to the experiment, recipes and arguments."""
+    handed = {}
+
+    def run(recipes, args, **_):
+        handed.update(recipes=recipes, args=args)
+        return 0
+
+    monkeypatch.setattr(experiment, "run", run)
+
+    def start(module, *arguments):
+        main = importlib.import_module(module).main
+        assert main(["-m", str(config_folder), "-o", str(tmp_path / "out"), *arguments]) == 0
+        return handed["recipes"], handed["args"]
+
+    return start
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_defaults_of_the_flags_are_those_of_apply(started, technique):
+    """One place for a default: a script without flags does what `apply(model)` does."""
+    recipes, _ = started(f"optimizations.{technique}")
+    [[(name, options)]] = recipes.values()
+    assert name == technique
+    assert options == (importlib.import_module(f"optimizations.{technique}").apply.__kwdefaults__ or {})
+
+
+def test_flags_of_a_technique_reach_apply(started):
+    recipes, _ = started("optimizations.head_pruning", "--prune-ratio", "0.15", "--mode", "mask")
+    assert list(recipes.values()) == [[("head_pruning", {"prune_ratio": 0.15, "mode": "mask"})]]
+
+
+def test_workload_of_the_flags(started):
+    """Long and short spellings, defaults where nothing is given, and the same letters as llama-bench."""
+    _, args = started("baseline", "-p", "32", "-n", "8", "-d", "16", "-b", "2", "-r", "7", "--seed", "3")
+    assert args.workload == Workload(prompt_tokens=32, new_tokens=8, depth=16, batch_size=2, repeats=7, seed=3)
+    _, args = started("baseline")
+    assert args.workload == Workload()
+
+
+def test_quick_is_smaller_and_a_flag_overrides_it(started):
+    _, quick = started("baseline", "--quick")
+    _, mixed = started("baseline", "--quick", "--new-tokens", "50")
+    assert quick.workload.new_tokens < Workload().new_tokens
+    assert quick.workload.quality_windows < Workload().quality_windows
+    assert mixed.workload.new_tokens == 50 and mixed.workload.repeats == quick.workload.repeats
+
+
+def test_recipes_are_taken_in_the_order_given(started):
+    recipes, _ = started("run_optimization", "--recipes", "kv_cache_int8, head_mask")
+    assert list(recipes) == ["kv_cache_int8", "head_mask"]
+
+
+@pytest.mark.parametrize("name", run_optimization.RECIPES)
+def test_every_recipe_names_techniques_and_options_that_exist(name):
+    """The table is data: a typing error in it would otherwise show after an hour."""
+    for technique, options in run_optimization.RECIPES[name][1]:
+        assert set(options) <= set(importlib.import_module(f"optimizations.{technique}").apply.__kwdefaults__ or {})
+
+
+@pytest.mark.parametrize("name", run_optimization.RECIPES)
+def test_recipes_keep_the_order_of_combination(name):
+    """prune -> precision -> weights -> cache: any other order is refused by the techniques."""
+    order = ["head_pruning", "mixed_precision", "quantization", "kv_cache_quant"]
+    positions = [order.index(technique) for technique, _ in run_optimization.RECIPES[name][1]]
+    assert positions == sorted(set(positions))
+
+
+# Help, in processes of their own
+
+
+@pytest.fixture(scope="module")
+def help_texts(tmp_path_factory):
+    """`--help` of every script, by path and by module name, from a folder that is not the repository."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+    def show(command):
+        done = subprocess.run(
+            [sys.executable, *command, "--help"], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    commands = {script: [str(ROOT / script)] for script in SCRIPTS} | {name: ["-m", name] for name in MODULES}
+    with ThreadPoolExecutor(2) as pool:
+        texts = dict(zip(commands, pool.map(show, commands.values()), strict=True))
+    assert list(elsewhere.iterdir()) == [], "asking for help must leave nothing behind"
+    return texts
+
+
+@pytest.mark.parametrize("name", SCRIPTS + MODULES)
+def test_help(help_texts, name):
+    """Works from anywhere as a file and as a module, and lists the shared flags."""
+    code, out, err = help_texts[name]
+    assert code == 0, err
+    for flag in ("--model", "--device", "--threads", "--prompt-tokens", "--new-tokens", "--depth", "--results-dir", "--quick"):
+        assert flag in out
+
+
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_help_of_a_technique_names_its_paper(help_texts, technique):
+    """With its address; and says what it loses, not only what it gains."""
+    _, out, _ = help_texts[f"optimizations/{technique}.py"]
+    assert "Paper" in out and "https://arxiv.org/abs/" in out
+    assert "Loses" in out and f"python optimizations/{technique}.py" in out
+
+
+def test_help_prints_each_default_of_a_technique(help_texts):
+    """The reader of --help sees the value that applies."""
+    _, out, _ = help_texts["optimizations/head_pruning.py"]
+    assert "default: 0.25" in " ".join(out.split()) and "default: structural" in " ".join(out.split())
+
+
+def test_the_fixture_is_only_a_configuration(config_folder):
+    """Guards the tests above: there is nothing to load in it."""
+    assert {path.name for path in config_folder.iterdir()} == {"config.json"}
+    assert json.loads((config_folder / "config.json").read_text())["num_attention_heads"] == 8

@@ -1,0 +1,162 @@
+"""The pipeline under faults: really killed, filled, corrupted. What was finished must survive; the next run completes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from pipeline_model import save_tiny_model
+
+pytestmark = pytest.mark.faults
+
+ROOT = Path(__file__).parent.parent
+PRUNE = {"head_pruning": [["head_pruning", {}]]}
+CACHE = {"kv_cache_int8": [["kv_cache_quant", {}]]}
+
+
+def faulty(kind: str) -> dict:
+    return {kind: [["tests.faulty_techniques", {"kind": kind}]]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def start(model: Path, recipes: dict, results: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "tests/pipeline_model.py", str(model), json.dumps(recipes), "-o", str(results), *flags]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TINYOPT_NO_KERNELS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def run(model: Path, recipes: dict, results: Path, *flags: str) -> tuple[int, str]:
+    process = start(model, recipes, results, *flags)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out + err
+
+
+def wait_for(path: Path, process: subprocess.Popen, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+def record(results: Path, name: str) -> dict:
+    return json.loads((results / f"{name}_results.json").read_text())
+
+
+def all_json_is_whole(results: Path) -> None:
+    for path in results.glob("*.json"):
+        json.loads(path.read_text())
+
+
+def test_a_failing_recipe_is_recorded_and_the_others_go_on(model, tmp_path):
+    """Killed worker, no memory, NaN, a bug, no support: each has its status and reason, and the last recipe is measured."""
+    kinds = ["killed", "out of memory", "nan", "bug", "unsupported"]
+    recipes = {name: steps for kind in kinds for name, steps in faulty(kind).items()} | CACHE
+    code, output = run(model, recipes, tmp_path)
+    assert code == 1, output
+    statuses = {name: record(tmp_path, name)["status"] for name in [*kinds, "kv_cache_int8"]}
+    expected = {"killed": "oom", "out of memory": "oom", "nan": "failed", "bug": "failed", "unsupported": "unsupported"}
+    assert statuses == expected | {"kv_cache_int8": "ok"}, output
+    assert "layers.1.mlp.down_proj" in record(tmp_path, "nan")["reason"]
+    assert record(tmp_path, "unsupported")["reason"] == "this machine has no such thing"
+    assert record(tmp_path, "nan")["decode_tokens_per_s"] is None
+
+
+def test_killed_pipeline_keeps_what_was_finished_and_resumes(model, tmp_path):
+    """kill -9 while the second recipe runs: the first stays to the byte, the next run measures only what is missing."""
+    process = start(model, PRUNE | faulty("slow"), tmp_path)
+    wait_for(tmp_path / "head_pruning_results.json", process)
+    time.sleep(1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finished = (tmp_path / "head_pruning_results.json").read_bytes()
+    all_json_is_whole(tmp_path)
+    code, output = run(model, PRUNE | CACHE, tmp_path)
+    assert code == 0, output
+    assert "already measured here, kept: head_pruning" in output
+    assert (tmp_path / "head_pruning_results.json").read_bytes() == finished
+    assert record(tmp_path, "kv_cache_int8")["status"] == "ok"
+    assert not list(tmp_path.glob(".scratch-*"))
+
+
+def test_workers_end_with_a_killed_pipeline(model, tmp_path):
+    """kill -9 of the parent alone: its workers see the closed pipe and go, rather than holding memory for ever."""
+    process = start(model, faulty("slow"), tmp_path)
+    wait_for(tmp_path / "baseline_results.json", process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    deadline = time.monotonic() + 40  # the sleeping worker finds out when its sleep is over
+    while time.monotonic() < deadline:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 0)
+            time.sleep(0.5)
+            continue
+        return
+    pytest.fail("workers outlived the pipeline")
+
+
+def test_interrupt_is_130_and_keeps_results(model, tmp_path):
+    process = start(model, PRUNE | faulty("slow"), tmp_path)
+    wait_for(tmp_path / "head_pruning_results.json", process)
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, out + err
+    assert record(tmp_path, "head_pruning")["status"] == "ok"
+    assert record(tmp_path, "slow")["status"] == "interrupted"
+
+
+def test_two_pipelines_in_one_folder(model, tmp_path):
+    """The second is refused in one sentence with exit code 2; the first is not disturbed."""
+    first = start(model, PRUNE, tmp_path)
+    wait_for(tmp_path / ".cache" / "read_bandwidth.json", first)
+    code, output = run(model, CACHE, tmp_path)
+    assert (code, "another run is writing there" in output) == (2, True), output
+    out, err = first.communicate(timeout=90)
+    assert first.returncode == 0, out + err
+
+
+def test_foreign_or_corrupt_json_is_moved_aside(model, tmp_path):
+    left = "{ half a"
+    (tmp_path / "consolidated_results.json").write_text(left)
+    code, output = run(model, CACHE, tmp_path)
+    assert code == 0, output
+    moved = list((tmp_path / "previous").glob("*/consolidated_results.json"))
+    assert [path.read_text() for path in moved] == [left]
+
+
+def test_full_disk_keeps_finished_results(model, tmp_path):
+    """A file system of 300 kB fills up: exit code 1, and every JSON that is there is whole."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True, check=False)
+    if mount.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        filler = disk / "filler"
+        filler.write_bytes(b"x" * 230_000)
+        code, output = run(model, PRUNE | CACHE, disk)
+        assert code == 1, output
+        all_json_is_whole(disk)
+        filler.unlink()
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
+def test_results_folder_that_is_a_file(model, tmp_path):
+    (tmp_path / "taken").write_text("")
+    code, output = run(model, CACHE, tmp_path / "taken")
+    assert (code, "--results-dir" in output) == (2, True), output
