@@ -8,23 +8,16 @@ digest of the JSON it was drawn from, by which `stale()` finds old pictures.
 
 import hashlib
 import json
-import math
 import os
-import textwrap
 from functools import partial
 from pathlib import Path
 
 import matplotlib
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.path import Path as Line
-from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 
-from report import amount, baseline_of, describe, interval, label, noise_floor, number, percent, ratio, speedup, times
+from axis_charts import cache_memory, depth_speed
+from chart_parts import BLUE, GREEN, GREY, ORANGE, bar, dot, finish, new_axes, place_labels, rows_of, value_beside
+from report import amount, baseline_of, interval, label, number, percent, ratio, speedup, times
 
-# Okabe and Ito's palette: distinguishable under the common colour-vision deficiencies.
-BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#BBBBBB", "#444444"
 STYLE = {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.7}
 STYLE |= {"axes.grid": True, "axes.grid.axis": "x", "grid.color": "#DDDDDD", "axes.axisbelow": True}
 FACTORS = "Factors (1.23x): interleaved runs against the baseline, with interval; if none is shown, two separate runs."
@@ -65,17 +58,17 @@ def stale(consolidated, folder):
 def speed(consolidated, records, kind=""):
     """Bars of tokens per second; for decode, also what the measured memory bandwidth would allow."""
     key, baseline = f"{kind or 'decode_'}tokens_per_s", baseline_of(consolidated)
-    axes = _rows(records, baseline)[0]
+    axes = rows_of(records, baseline)[0]
     for row, record in enumerate(records):
         factor, ends = speedup(record, baseline, kind)
-        _bar(axes, row, record[key], record is baseline)
+        bar(axes, row, record[key], record is baseline)
         samples = [value for value in (record.get("samples") or {}).get(key) or () if value is not None]
         if len(samples) < 2:
             samples = [end / factor * record[key] for end in ends or () if factor]
         if samples:
             axes.plot([min(samples), max(samples)], [row, row], "k|-", markersize=8)
         change = f"   {times(factor, ends)}" if factor is not None and record is not baseline else ""
-        _value(axes, row, amount(record[key]) + change)
+        value_beside(axes, row, amount(record[key]) + change)
     bandwidth = number(consolidated.get("environment"), "read_bandwidth_gb_per_s")
     batch, notes = number(consolidated.get("workload"), "batch_size") or 1, [FACTORS, SPREAD]
     streamed = {row: number(record, "bytes_per_token") for row, record in enumerate(records)}
@@ -85,13 +78,13 @@ def speed(consolidated, records, kind=""):
         axes.plot([*limits.values()], [*limits], "D", color=ORANGE, markeredgecolor="black", label=name)
         notes.append(f"Ceiling: {amount(bandwidth)} GB/s of reading, measured on this machine, / bytes read per token.")
     title = "Prefill speed: reading the prompt" if kind else "Decode speed: generating one token after another"
-    return _finish(axes, consolidated, records, title, "tokens per second (higher is better)", notes)
+    return finish(axes, consolidated, records, title, "tokens per second (higher is better)", notes)
 
 
 def memory(consolidated, records):
     """Stacked bars: weights, KV cache and everything else at the peak."""
     baseline = baseline_of(consolidated)
-    axes = _rows(records, baseline)[0]
+    axes = rows_of(records, baseline)[0]
     for row, record in enumerate(records):
         peak, weights, cache = (number(record, key) for key in ("peak_memory_mb", "weights_mb", "kv_cache_mb"))
         parts = [("weights", weights, BLUE, ""), ("KV cache", cache, ORANGE, "xxxx")]
@@ -104,33 +97,33 @@ def memory(consolidated, records):
         axes.plot([peak, peak], [row - 0.4, row + 0.4], color="black", linewidth=2.5, label="peak")
         change = percent(ratio(record, baseline, "peak_memory_mb")) if record is not baseline else ""
         split = ", ".join(f"{name} {amount(size)}" for name, size, *_ in parts)
-        _value(axes, row, f"{amount(peak)}   {change}\n{split}")
+        value_beside(axes, row, f"{amount(peak)}   {change}\n{split}")
     notes = ["Peak of prefill and decode, without the interpreter and its libraries. MB = 10^6 bytes."]
-    return _finish(axes, consolidated, records, "Peak memory while generating", "MB (lower is better)", notes)
+    return finish(axes, consolidated, records, "Peak memory while generating", "MB (lower is better)", notes)
 
 
 def model_size(consolidated, records):
     """Bars of the bytes written to disk."""
     baseline = baseline_of(consolidated)
-    axes = _rows(records, baseline)[0]
+    axes = rows_of(records, baseline)[0]
     for row, record in enumerate(records):
-        _bar(axes, row, record["model_size_mb"], record is baseline)
+        bar(axes, row, record["model_size_mb"], record is baseline)
         change = percent(ratio(record, baseline, "model_size_mb")) if record is not baseline else ""
-        _value(axes, row, f"{amount(record['model_size_mb'])}   {change}")
-    return _finish(axes, consolidated, records, "Size of the files written", "MB = 10^6 bytes (lower is better)", [])
+        value_beside(axes, row, f"{amount(record['model_size_mb'])}   {change}")
+    return finish(axes, consolidated, records, "Size of the files written", "MB = 10^6 bytes (lower is better)", [])
 
 
 def quality(consolidated, records):
     """Perplexity as bars, and beside it how much of the baseline's quality is kept."""
     baseline, values = baseline_of(consolidated), [record["perplexity"] for record in records]
-    axes, kept = _rows(records, baseline, panels=2)
+    axes, kept = rows_of(records, baseline, panels=2)
     for row, record in enumerate(records):
-        _bar(axes, row, values[row], record is baseline)
+        bar(axes, row, values[row], record is baseline)
         axes.text(values[row], row, f" {amount(values[row], 2)}", va="center", fontsize=9)
         place, ends, text = _retention(record)
         if text and record is not baseline:
-            _dot(kept, place, row, x_ends=ends)
-            _value(kept, row, text)
+            dot(kept, place, row, x_ends=ends)
+            value_beside(kept, row, text)
     broken = max(values) > 20 * min(values) > 0  # one broken recipe would flatten all the others
     if broken:
         axes.set_xscale("log")
@@ -141,7 +134,7 @@ def quality(consolidated, records):
     if target := number(consolidated.get("targets"), "perplexity_retention"):
         kept.axvline(100 * target, color=GREEN, linewidth=2, linestyle="--", label=f"target {100 * target:.0f} %")
     notes = [f"Retention = perplexity of the baseline / perplexity; lines are intervals. {CUT}"]
-    return _finish(kept, consolidated, records, "Quality and what is kept", "retention in % (higher is better)", notes)
+    return finish(kept, consolidated, records, "Quality and what is kept", "retention in % (higher is better)", notes)
 
 
 def _retention(record):
@@ -159,12 +152,12 @@ def speed_vs_quality(consolidated, records):
     records = [r for r in records if r is not baseline and speedup(r, baseline)[0] is not None]
     if not records:
         return None
-    axes = _axes(5.5, width=10)[0]
+    axes = new_axes(5.5, width=10)[0]
     axes.plot(1, 100, "s", color="black", markersize=9)
     places = [("Baseline", 1, 100)]
     for record in records:
         (factor, ends), (kept, kept_ends, text) = speedup(record, baseline), _retention(record)
-        _dot(axes, factor, kept, ends, kept_ends)
+        dot(axes, factor, kept, ends, kept_ends)
         places.append((label(record) + (f" ({text})" if kept == 50 else ""), factor, kept))
     least, kept = number(targets, "decode_speedup"), number(targets, "perplexity_retention")
     axes.update_datalim([(least * 1.15, 100 * kept - 1)] if least and kept else [(1, 100)])
@@ -175,10 +168,10 @@ def speed_vs_quality(consolidated, records):
         box = {"facecolor": GREEN, "alpha": 0.2, "hatch": "//", "linewidth": 0, "zorder": 0, "label": name}
         axes.fill_between([least, right], 100 * kept, top, **box)
     axes.set(xlim=(low, right), ylim=(bottom, top), ylabel="perplexity retention in % (higher is better)")
-    _place_labels(axes, places)
+    place_labels(axes, places)
     notes = [f"Lines through a point are its intervals. The memory target is not shown. {CUT}"]
     xlabel, drawn = "decode speed-up (higher is better)", [baseline, *records]
-    return _finish(axes, consolidated, drawn, "What the speed costs", xlabel, notes)
+    return finish(axes, consolidated, drawn, "What the speed costs", xlabel, notes)
 
 
 def noise_floor_chart(consolidated, records):
@@ -188,21 +181,21 @@ def noise_floor_chart(consolidated, records):
         return None
     first = {"title": "A/A: baseline against itself", **aa}
     records = [first, *(r for r in records if number(r, "speedup") is not None and r is not baseline)]
-    axes = _rows(records, first)[0]
+    axes = rows_of(records, first)[0]
     for row, record in enumerate(records):
         lines = []
         for name, kind, shift, *look in [("decode", "", -0.14, BLUE, "o"), ("prefill", "prefill_", 0.14, ORANGE, "^")]:
             factor, ends = speedup(record, {}, kind)
             if factor is not None:
-                _dot(axes, factor, row + shift, ends, look=look, name=name)
+                dot(axes, factor, row + shift, ends, look=look, name=name)
                 lines.append(f"{name} {times(factor, ends)}")
-        _value(axes, row, "\n".join(lines))
+        value_beside(axes, row, "\n".join(lines))
     if floor := interval(aa, "speedup_ci"):
         axes.axvspan(*floor, color=GREY, alpha=0.6, linewidth=0, label="decode interval of A/A")
     axes.axvline(1, color="black", linewidth=1)
     notes = ["A line through a point is its interval. Where it includes 1, no difference was resolved."]
     title, xlabel = "Speed differences and the noise floor", "speed-up against the baseline (1 = no difference)"
-    return _finish(axes, consolidated, [baseline, *records], title, xlabel, notes)
+    return finish(axes, consolidated, [baseline, *records], title, xlabel, notes)
 
 
 CHARTS = {
@@ -213,87 +206,6 @@ CHARTS = {
     "quality": (quality, "perplexity"),
     "speed_vs_quality": (speed_vs_quality, "perplexity_retention"),
     "noise_floor": (noise_floor_chart, "decode_tokens_per_s"),
+    "decode_speed_by_depth": (depth_speed, "decode_tokens_per_s"),
+    "kv_cache_memory": (cache_memory, "kv_cache_mb"),
 }
-
-
-# What the charts share.
-def _axes(height, panels=1, width=7):
-    """Axes that fill the figure: all texts stand outside and widen the picture when it is saved."""
-    figure = Figure(figsize=(width, height), dpi=130)
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.08)
-    return axes
-
-
-def _rows(records, reference, panels=1):
-    """Horizontal rows, the first on top; the reference's name is bold."""
-    axes = _axes(0.3 + 0.5 * len(records), panels)
-    axes[0].set_yticks(range(len(records)), [textwrap.fill(label(record), 34) for record in records])
-    axes[0].set_ylim(len(records) - 0.5, -0.5)
-    for text, record in zip(axes[0].get_yticklabels(), records, strict=True):
-        text.set_fontweight("bold" if record is reference else "normal")
-    return axes
-
-
-def _bar(axes, row, size, is_reference):
-    colour, hatch = (GREY, "//") if is_reference else (BLUE, "")
-    axes.barh(row, size, 0.62, color=colour, hatch=hatch, edgecolor="black")
-
-
-def _dot(axes, x, y, x_ends=None, y_ends=None, look=(BLUE, "o"), name=None):
-    for xs, ys in [(x_ends, [y, y]), ([x, x], y_ends)]:
-        if xs and ys:
-            axes.plot(xs, ys, color=look[0], linewidth=2)
-    axes.plot(x, y, look[1], color=look[0], markeredgecolor="black", markersize=6, label=name)
-
-
-def _value(axes, row, text):
-    """The numbers of a row stand in a column beside the axes, where nothing can cover them."""
-    axes.text(1.02, row, text.strip(), transform=axes.get_yaxis_transform(), va="center", fontsize=9)
-
-
-def _place_labels(axes, places):
-    """Put each name as near to its point as it fits, its leader included, without touching anything else."""
-    frame, taken = axes.get_window_extent(), [line.get_window_extent().padded(8) for line in axes.lines]
-    tries = [(radius, turn * math.pi / 8) for radius in range(14, 400, 14) for turn in range(16)]
-    names, leaders = [], []
-    style = {"ha": "center", "va": "center", "fontsize": 9, "textcoords": "offset pixels"}
-    style["arrowprops"] = {"arrowstyle": "-", "color": INK, "shrinkA": 0, "shrinkB": 4}
-    for name, *place in places:
-        text = axes.annotate(textwrap.fill(name, 28), place, (0, 0), **style)
-        point, size = axes.transData.transform(place), Text.get_window_extent(text)
-        for radius, angle in tries:
-            shift = (radius + size.width / 2) * math.cos(angle), (radius + size.height / 2) * math.sin(angle)
-            box = Bbox.from_bounds(*(point + shift - size.size / 2), *size.size)
-            leader = Line([point, point + shift])
-            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
-            crossing = any(map(leader.intersects_bbox, names)) or any(old.intersects_bbox(box) for old in leaders)
-            if inside and not crossing and not box.count_overlaps(taken + names):
-                break
-        text.xyann = shift
-        names.append(box)
-        leaders.append(leader)
-
-
-def _finish(axes, consolidated, drawn, title, xlabel, notes):
-    """Add axis text, legend, title, subtitle and footnotes; return the figure."""
-    figure, results = axes.figure, consolidated["results"]
-    axes.set_xlabel(xlabel)
-    entries = {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
-    if entries:
-        style = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "frameon": False, "fontsize": 9}
-        axes.legend(entries.values(), entries.keys(), **style)
-    missing = [label(r) for r in results if r.get("status") == "ok" and r not in drawn]
-    notes = [*notes, f"Not measured: {', '.join(missing)}." if missing else "", noise_floor(consolidated)[1] or ""]
-    bad = [r for r in results if r.get("status") != "ok"]
-    notes += [f"{label(r)} - {r.get('status') or 'not run'}: {r.get('reason') or 'no reason recorded'}" for r in bad]
-    frame, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
-    wrap = partial(textwrap.fill, width=int(13.5 * frame.width))
-    above, below = ("\n".join(map(wrap, filter(None, texts))) for texts in (describe(consolidated), notes))
-    place = frame.x0 / width  # the frame is in inches, texts are placed in fractions of the figure
-    style = {"fontsize": 9, "linespacing": 1.3, "color": INK}
-    figure.text(place, (frame.y0 - 0.12) / height, below, va="top", **style)
-    subtitle = figure.text(place, (frame.y1 + 0.1) / height, above, va="bottom", **style).get_window_extent()
-    figure.text(place, (subtitle.y1 / figure.dpi + 0.08) / height, title, va="bottom", fontsize=14, fontweight="bold")
-    return figure

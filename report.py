@@ -199,6 +199,9 @@ def print_table(consolidated, console=None):
         for row in (row for row in body if len(row) == 2):
             console.print(Text(" - ".join(row), style="yellow"))
     console.print(Text(LEGEND, style="dim"))
+    for record in consolidated["results"]:
+        if record.get("explanation"):
+            console.print(Text(f"{label(record)}: {record['explanation']}."))
 
 
 def escape(text):

@@ -25,7 +25,7 @@ using std::optional;
 
 constexpr int64_t kMaxGroup = 131072;  // 127 * 127 * kMaxGroup still fits int32
 
-constexpr int64_t kManyRows = 9;
+constexpr int64_t kManyRows = 1000000;
 
 const Variant* active = nullptr;
 

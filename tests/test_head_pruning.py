@@ -207,7 +207,7 @@ def test_uneven_removal_takes_the_smallest_of_all():
 
 @pytest.mark.parametrize("ratio", [0, 1, 0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_ratio_out_of_range(tiny, ratio):
-    with pytest.raises(ValueError, match="--prune-ratio.*between 0 and 1"):
+    with pytest.raises(ValueError, match=r"--prune-ratio.*between 0 and 1"):
         apply(tiny(), prune_ratio=ratio)
 
 
@@ -235,7 +235,7 @@ def test_ratio_suggested_by_the_error_works(any_tiny):
 
 
 def test_unknown_mode(tiny):
-    with pytest.raises(ValueError, match="--mode remove.*structural or mask"):
+    with pytest.raises(ValueError, match=r"--mode remove.*structural or mask"):
         apply(tiny(), mode="remove")
 
 

@@ -49,7 +49,7 @@ def test_fp16_is_refused_on_a_cpu_without_it(tiny, cpu):
     """AMX for bf16 is not enough: fp16 would be converted in software, slower than float32. The model is left as it was."""
     cpu(avx512=True, avx512_bf16=True, amx=True)
     model = tiny()
-    with pytest.raises(Unsupported, match="fp16 on this CPU is slower.*bf16"):
+    with pytest.raises(Unsupported, match=r"fp16 on this CPU is slower.*bf16"):
         apply(model, dtype="fp16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert any(type(module) is nn.Linear for module in model.modules())
@@ -75,7 +75,7 @@ def test_arm_multiplies_half(tiny, monkeypatch):
 
 
 def test_unknown_dtype(tiny):
-    with pytest.raises(ValueError, match="--dtype fp8.*fp16 or bf16"):
+    with pytest.raises(ValueError, match=r"--dtype fp8.*fp16 or bf16"):
         apply(tiny(), dtype="fp8")
 
 
@@ -220,7 +220,7 @@ def test_on_an_accelerator(tiny, ids, accelerator):
 
 def test_second_time_is_refused(tiny, path):
     for tied in (False, True):
-        with pytest.raises(ValueError, match="no nn.Linear left to convert"):
+        with pytest.raises(ValueError, match=r"no nn.Linear left to convert"):
             apply(apply(tiny(tied=tied)))
 
 

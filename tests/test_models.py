@@ -98,7 +98,7 @@ def test_file_that_is_no_gguf(tmp_path, content):
     """Whatever the file is called, it is judged by its first bytes and never unpickled."""
     for name in ("model.gguf", "pytorch_model.bin"):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match="--model .*GGUF") as error:
+        with pytest.raises(ValueError, match=r"--model .*GGUF") as error:
             find_model(str(tmp_path / name))
         one_sentence(error)
 
@@ -108,7 +108,7 @@ def test_gguf_cut_in_its_header(tmp_path, tiny, keep):
     """A download that broke off among the metadata."""
     whole = write_gguf(tiny(), tmp_path / "whole.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[:keep])
-    with pytest.raises(ValueError, match="--model cut.gguf") as error:
+    with pytest.raises(ValueError, match=r"--model cut.gguf") as error:
         find_model(str(tmp_path / "cut.gguf"))
     assert "truncated" in one_sentence(error)
 
@@ -118,7 +118,7 @@ def test_gguf_cut_in_its_data(tmp_path, tiny, missing_bytes):
     """A download that broke off among the tensors: the header is whole, the weights are not."""
     whole = write_gguf(tiny(), tmp_path / "whole.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[:-missing_bytes])
-    with pytest.raises(ValueError, match="--model cut.gguf") as error:
+    with pytest.raises(ValueError, match=r"--model cut.gguf") as error:
         find_model(str(tmp_path / "cut.gguf"))
     assert "truncated" in one_sentence(error)
 
@@ -134,14 +134,14 @@ def test_embedded_gguf_cut(tmp_path, embedded_source, share):
     cut = tmp_path / "cut.gguf"
     with whole.open("rb") as source, cut.open("wb") as target:
         target.write(source.read(size))
-    with pytest.raises(ValueError, match="--model cut.gguf") as error:
+    with pytest.raises(ValueError, match=r"--model cut.gguf") as error:
         find_model(str(cut))
     assert "truncated" in one_sentence(error)
 
 
 def test_gguf_of_another_architecture(tmp_path, tiny):
     path = write_gguf(tiny(), tmp_path / "other.gguf", architecture="qwen2")
-    with pytest.raises(ValueError, match="--model other.gguf.*qwen2") as error:
+    with pytest.raises(ValueError, match=r"--model other.gguf.*qwen2") as error:
         find_model(str(path))
     one_sentence(error)
 
@@ -149,7 +149,7 @@ def test_gguf_of_another_architecture(tmp_path, tiny):
 def test_gguf_with_scaled_rotary_embeddings(tmp_path, tiny):
     """Llama 3.1 and later scale their angles: loaded as plain, every long text would be wrong without a word."""
     path = write_gguf(tiny(), tmp_path / "scaled.gguf", llama_rope_scaling_type="yarn")
-    with pytest.raises(ValueError, match="--model scaled.gguf.*rotary") as error:
+    with pytest.raises(ValueError, match=r"--model scaled.gguf.*rotary") as error:
         find_model(str(path))
     one_sentence(error)
 
@@ -160,7 +160,7 @@ def test_gguf_without_tensors(tmp_path, tiny):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 3)
     every = {names.get_name(name, try_suffixes=(".weight",)) for name, _ in model.named_parameters()}
     path = write_gguf(model, tmp_path / "vocabulary.gguf", without=every)
-    with pytest.raises(ValueError, match="--model vocabulary.gguf") as error:
+    with pytest.raises(ValueError, match=r"--model vocabulary.gguf") as error:
         find_model(str(path))
     one_sentence(error)
 
@@ -175,7 +175,7 @@ def test_gguf_with_a_missing_tensor(tmp_path, tiny):
 
 def test_folder_of_another_architecture(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    with pytest.raises(ValueError, match="--model .*gpt2.*Llama") as error:
+    with pytest.raises(ValueError, match=r"--model .*gpt2.*Llama") as error:
         find_model(str(tmp_path))
     one_sentence(error)
 
@@ -195,7 +195,7 @@ def test_hub_id_offline(tmp_path, monkeypatch):
     """Offline and not cached is said at once, without a socket."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("looked up a host although offline"))
-    with pytest.raises(ValueError, match="--model someone/some-llama.*HF_HUB_OFFLINE") as error:
+    with pytest.raises(ValueError, match=r"--model someone/some-llama.*HF_HUB_OFFLINE") as error:
         find_model("someone/some-llama")
     one_sentence(error)
 
@@ -350,14 +350,14 @@ def test_carried_file_with_other_content(tmp_path, monkeypatch):
 def test_carried_file_that_is_gone(tmp_path, monkeypatch):
     """The package is there, the file in it is not."""
     fake_package(monkeypatch, tmp_path)
-    with pytest.raises(ValueError, match="requirements-embedded.txt") as error:
+    with pytest.raises(ValueError, match=r"requirements-embedded.txt") as error:
         models.carried_file("carrier", "data.bin", sha256="0" * 64)
     one_sentence(error)
 
 
 def test_carrier_that_is_not_installed():
     """The sentence says what to install."""
-    with pytest.raises(ValueError, match="requirements-embedded.txt") as error:
+    with pytest.raises(ValueError, match=r"requirements-embedded.txt") as error:
         models.carried_file("no-such-carrier-package", "data.bin", sha256="0" * 64)
     assert "no-such-carrier-package" in one_sentence(error)
 
@@ -404,7 +404,7 @@ def test_tinyllama_comes_from_its_pinned_revision(hub_cache, tiny, ids):
 def test_another_revision_of_tinyllama_does_not_count(hub_cache, tiny):
     """A cache that holds only some other revision is no cache of the pinned one."""
     put_in_cache(hub_cache, models.TINYLLAMA, "a" * 40, tiny())
-    with pytest.raises(ValueError, match="--model tinyllama.*not in the Hub cache"):
+    with pytest.raises(ValueError, match=r"--model tinyllama.*not in the Hub cache"):
         find_model("tinyllama")
 
 
