@@ -41,7 +41,7 @@ class Workload:
     new_tokens: int = 64
     depth: int = 0
     batch_size: int = 1
-    repeats: int = 5
+    repeats: int = 7
     seed: int = 0
     quality_windows: int = 16
     quality_window: int = 512

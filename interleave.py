@@ -15,11 +15,13 @@ import numpy as np
 from scipy.stats import bootstrap
 
 Block = Callable[[], dict[str, float]]
+LEVEL = 0.99
+FEWEST_PAIRS = 5
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Variant over baseline of one quantity: median of the pairs' ratios, its 95 % interval, and what it decides."""
+    """Variant over baseline of one quantity: median of the pairs' ratios, its interval, and what it decides."""
 
     median: float
     interval: list[float] | None
@@ -85,12 +87,13 @@ def interleave(
 def summarise(ratios: list[float]) -> Ratio:
     """Median and bootstrap percentile interval (scipy); no interval from fewer than five ratios.
 
-    With n ratios the widest interval a bootstrap of the median can give is [min, max], which misses the true median
-    with probability 2 * 0.5^n: 6 % at five, 25 % at three.
+    The nominal level is 99 %: with so few ratios, and with stopping once the interval is narrow, a nominal 95 % would
+    call equal sides different one time in eight; 99 % does so one time in twenty (simulated, see the tests).
     """
     values = np.asarray(ratios, dtype=np.float64)
-    if len(values) < 5:
+    if len(values) < FEWEST_PAIRS:
         return Ratio(float(np.median(values)), None)
-    result = bootstrap((values,), np.median, method="percentile", n_resamples=4999, rng=np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    result = bootstrap((values,), np.median, method="percentile", confidence_level=LEVEL, n_resamples=4999, rng=rng)
     low, high = result.confidence_interval
     return Ratio(float(np.median(values)), [float(low), float(high)])

@@ -48,7 +48,7 @@ class ResultsFolder:
         self.notice: str | None = None
         earlier = read_json(folder / CONSOLIDATED)
         if resume and earlier is not None and earlier.get("identity") == identity:
-            self.records = {record["name"]: record for record in earlier["results"] if is_valid(record)}
+            self.records = {record["name"]: record for record in earlier.get("results", []) if is_valid(record)}
             self.aa = earlier.get("aa")
         else:
             self._move_earlier()

@@ -5,6 +5,7 @@ twins in pure PyTorch run on every device and define what the kernels must retur
 `int8_weight_only_linear` and `bf16_linear` take the kernel where it runs and the twin where it does not.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -15,7 +16,9 @@ from kernels.build import load_kernels
 # 1024 products of 127 * 127 stay below 2^24, so that float32 adds them exactly. It must be float32: integer matmul has
 # no fast path on a CPU and none at all on CUDA, and MPS has no float64.
 EXACT_CHUNK = 1024
-FEW_ROWS = 8  # above, a float32 GEMM over dequantised blocks beats expanding the weights anew for every few rows
+# Up to so many rows the kernels, which expand the weights anew for every 4 rows, beat a float32 GEMM over blocks that
+# are expanded once. Unpacking int8 costs more than widening bfloat16, so its turn comes later.
+INT8_KERNEL_ROWS, BF16_KERNEL_ROWS = 128, 32
 BLOCK_BYTES = 2 << 20  # of dequantised weights at a time: they stay in the cache until they are multiplied
 
 
@@ -119,24 +122,26 @@ def int8_weight_only_linear(
     if weight.dim() != 4 or not _kernels_run(x):
         return int8_weight_only_reference(x, weight, w_scale, group_size, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] <= FEW_ROWS:
+    if rows.shape[0] <= INT8_KERNEL_ROWS:
         return _shaped_like(x, torch.ops.tinyopt.int8_weight_only_linear(rows, weight, w_scale, group_size, bias))
-    rows, k = rows.float(), rows.shape[1]
-    out = torch.empty(rows.shape[0], w_scale.shape[0])
-    step = max(1, BLOCK_BYTES // (4 * k * 8))  # in packed blocks of 8 channels
-    for block in range(0, weight.shape[0], step):
-        scale = w_scale[8 * block : 8 * (block + step)]
-        plain = torch.ops.tinyopt.unpack_int8(weight[block : block + step], scale.shape[0], k)
-        out[:, 8 * block : 8 * (block + step)] = rows @ dequantize_groups(plain, scale, group_size).T
-    return _finish(out, x, bias)
+
+    def expand(first: int, last: int) -> torch.Tensor:
+        block, scale = weight[first // 8 : -(-last // 8)], w_scale[first:last]
+        plain = torch.ops.tinyopt.unpack_int8(block, last - first, x.shape[-1])
+        return dequantize_groups(plain, scale, group_size)
+
+    return _finish(_multiply_in_blocks(rows, w_scale.shape[0], expand), x, bias)
 
 
 def bf16_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Multiplies float activations with bfloat16 weights [N, K], summing in float32. float32 [..., N]."""
-    rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] > FEW_ROWS or weight.dtype != torch.bfloat16 or not _kernels_run(x):
+    if weight.dtype != torch.bfloat16 or not _kernels_run(x):
         return bf16_linear_reference(x, weight, bias)
-    return _shaped_like(x, torch.ops.tinyopt.bf16_linear(rows, weight, bias))
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] <= BF16_KERNEL_ROWS:
+        return _shaped_like(x, torch.ops.tinyopt.bf16_linear(rows, weight, bias))
+    out = _multiply_in_blocks(rows, weight.shape[0], lambda first, last: weight[first:last].float())
+    return _finish(out, x, bias)
 
 
 @cache
@@ -180,9 +185,20 @@ def _kernels_run(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and _ready()
 
 
+def _multiply_in_blocks(rows: torch.Tensor, n: int, expand: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+    """rows [M, K] times n output channels, of which `expand(first, last)` gives float32 weights [last - first, K]."""
+    out = torch.empty(rows.shape[0], n)
+    step = max(8, BLOCK_BYTES // (4 * rows.shape[1]) // 8 * 8)  # whole packed blocks of 8 channels
+    for first in range(0, n, step):
+        last = min(first + step, n)
+        out[:, first:last] = F.linear(rows.float(), expand(first, last))
+    return out
+
+
 def _grouped(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """[..., K] -> [..., G, group_size], padded with zeros."""
-    return F.pad(x, (0, -x.shape[-1] % group_size)).unflatten(-1, (-1, group_size))
+    missing = -x.shape[-1] % group_size
+    return (F.pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, group_size))
 
 
 def _shaped_like(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -25,8 +25,6 @@ using std::optional;
 
 constexpr int64_t kMaxGroup = 131072;  // 127 * 127 * kMaxGroup still fits int32
 
-constexpr int64_t kManyRows = 1000000;
-
 const Variant* active = nullptr;
 
 // Makes the named variant the active one, or with "" the best that this CPU runs. Returns its name.
@@ -41,18 +39,17 @@ std::string select_variant(const std::string& name) {
 
 // ---- preparation of the rows, and the walk over panels ----
 
-// Within each block of inputs, the even ones come first: what the inner loops can multiply without shuffling.
+// Within each block of inputs, the even ones come first: the order in which the inner loops meet them.
 int64_t place(int64_t k, int64_t block) { return k - k % block + k % 2 * (block / 2) + k % block / 2; }
 
 // Rows of `block`-padded elements. The extra 64 bytes keep rows of 2^n inputs off the same cache sets.
-template <class T>
 Tensor padded_rows(int64_t rows, int64_t k, int64_t block, at::ScalarType dtype) {
-  return at::zeros({rows, ceil_div(k, block) * block + 64 / static_cast<int64_t>(sizeof(T))}, dtype);
+  return at::zeros({rows, ceil_div(k, block) * block + 64 / static_cast<int64_t>(c10::elementSize(dtype))}, dtype);
 }
 
 Tensor arrange_rows(const Tensor& x, int64_t block) {
   const int64_t k = x.size(1);
-  Tensor out = padded_rows<float>(x.size(0), k, block, at::kFloat);
+  Tensor out = padded_rows(x.size(0), k, block, at::kFloat);
   at::parallel_for(0, x.size(0), ceil_div(32768, k), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       const float* from = x.const_data_ptr<float>() + m * k;
@@ -67,7 +64,7 @@ Tensor arrange_rows(const Tensor& x, int64_t block) {
 // outputs become NaN instead of plausible numbers.
 std::pair<Tensor, Tensor> quantize_rows(const Tensor& x, int64_t group) {
   const int64_t k = x.size(1), groups = ceil_div(k, group);
-  Tensor q = padded_rows<int16_t>(x.size(0), k, 4, at::kShort);
+  Tensor q = padded_rows(x.size(0), k, 4, at::kShort);
   Tensor scales = at::empty({x.size(0), groups}, at::kFloat);
   at::parallel_for(0, x.size(0), ceil_div(32768, k), [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
@@ -97,32 +94,26 @@ std::pair<Tensor, Tensor> quantize_rows(const Tensor& x, int64_t group) {
   return {q, scales};
 }
 
-// What a thread keeps for the panel it is in.
-struct PanelScratch {
-  std::vector<float> w_scale;  // [groups, kChannels]
-  std::vector<WidePanel> wide;
-};
-
 // Runs `tiles` over all panels, in torch's own threads. `common` holds what all calls share; `enter_panel` sets the
 // weights for the panel that starts at a channel.
 template <class EnterPanel>
 Tensor multiply(const TileFn* tiles, const Tile& common, int64_t row_bytes, int64_t m, int64_t n,
-                const std::optional<Tensor>& bias, EnterPanel enter_panel) {
+                const optional<Tensor>& bias, EnterPanel enter_panel) {
   Tensor out = at::empty({m, n}, at::kFloat);
   float* y = out.mutable_data_ptr<float>();
-  const float* b = bias ? bias->const_data_ptr<float>() : nullptr;
+  const float* b = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
   const int64_t groups = ceil_div(common.k, common.group);
   const int64_t grain = ceil_div(1 << 18, m * common.k * kChannels + 1);
   at::parallel_for(0, ceil_div(n, kChannels), grain, [&](int64_t begin, int64_t end) {
     Tile t = common;
-    PanelScratch scratch{std::vector<float>(groups * kChannels, 0.f), {}};
+    std::vector<float> w_scale(groups * kChannels, 0.f);
     float result[kRows * kChannels];
     t.out = result;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panel * kChannels;
       t.channels = static_cast<int>(std::min<int64_t>(kChannels, n - first));
-      enter_panel(t, first, scratch);
-      t.w_scale = scratch.w_scale.data();
+      enter_panel(t, first, w_scale.data());
+      t.w_scale = w_scale.data();
       for (int64_t row = 0; row < m; row += kRows) {
         const int rows = static_cast<int>(std::min<int64_t>(kRows, m - row));
         t.x = static_cast<const char*>(common.x) + row * row_bytes;
@@ -139,18 +130,22 @@ Tensor multiply(const TileFn* tiles, const Tile& common, int64_t row_bytes, int6
 
 // ---- operators ----
 
-Tensor check_x(const char* op, const Tensor& x, int64_t n, const optional<Tensor>& bias) {
+// Returns x as the preparation wants it. `per_channel` is any matrix with a row for each output channel.
+Tensor check_x(const char* op, const Tensor& x, const Tensor& per_channel, const optional<Tensor>& bias) {
+  TORCH_CHECK(per_channel.dim() == 2, op, ": weights and their scales must have a row per output channel");
+  const int64_t n = per_channel.size(0);
   TORCH_CHECK(x.dim() == 2 && x.is_cpu() && x.is_floating_point() && x.size(1) > 0, op,
               ": x must be a floating-point CPU matrix [M, K], got ", x.scalar_type(), " ", x.sizes());
-  TORCH_CHECK(!bias || (bias->is_cpu() && bias->scalar_type() == at::kFloat && bias->is_contiguous() && bias->sizes() == at::IntArrayRef({n})),
+  TORCH_CHECK(!bias || (bias->is_cpu() && bias->scalar_type() == at::kFloat && bias->is_contiguous() &&
+                        bias->sizes() == at::IntArrayRef({n})),
               op, ": bias must be contiguous float32 [", n, "]");
   return x.to(at::kFloat).contiguous();
 }
 
 void check_packed(const char* op, const Tensor& x, const Tensor& packed, const Tensor& w_scale, int64_t group) {
   const int64_t k = x.size(1), n = w_scale.size(0);
-  TORCH_CHECK(group == k || (group > 0 && group < k && group % 4 == 0), op,
-              ": group_size must be K = ", k, " or a smaller multiple of 4, got ", group);
+  TORCH_CHECK(group == k || (group > 0 && group < k && group % 4 == 0), op, ": group_size must be K = ", k,
+              " or a smaller multiple of 4, got ", group);
   TORCH_CHECK(group <= kMaxGroup, op, ": group_size above ", kMaxGroup, " could overflow int32 sums");
   TORCH_CHECK(w_scale.is_cpu() && w_scale.scalar_type() == at::kFloat && w_scale.is_contiguous() &&
                   w_scale.sizes() == at::IntArrayRef({n, ceil_div(k, group)}),
@@ -179,9 +174,7 @@ Tensor unpack_int8(const Tensor& packed, int64_t n, int64_t k) {
   return padded.slice(0, 0, n).slice(1, 0, k).contiguous();
 }
 
-using WidenFn = void (*)(const Tile&, WidePanel*);
-
-Tensor multiply_packed(const TileFn* tiles, WidenFn widen, const Tensor& rows, const Tensor* x_scale, int64_t k, const Tensor& packed,
+Tensor multiply_packed(const TileFn* tiles, const Tensor& rows, const Tensor* x_scale, int64_t k, const Tensor& packed,
                        const Tensor& w_scale, int64_t group, const optional<Tensor>& bias) {
   Tile tile{};
   tile.x = rows.const_data_ptr();
@@ -193,16 +186,11 @@ Tensor multiply_packed(const TileFn* tiles, WidenFn widen, const Tensor& rows, c
   const float* scales = w_scale.const_data_ptr<float>();
   const int64_t n = w_scale.size(0), groups = w_scale.size(1), block_bytes = packed.size(1) * 32;
   const int64_t row_bytes = rows.size(1) * static_cast<int64_t>(rows.element_size());
-  return multiply(tiles, tile, row_bytes, rows.size(0), n, bias, [&](Tile& t, int64_t first, PanelScratch& scratch) {
+  return multiply(tiles, tile, row_bytes, rows.size(0), n, bias, [&](Tile& t, int64_t first, float* panel_scale) {
     t.w[0] = w + first / 8 * block_bytes;
     t.w[1] = t.channels > 8 ? w + (first / 8 + 1) * block_bytes : t.w[0];  // no second block: its sums are dropped
     for (int c = 0; c < t.channels; ++c)
-      for (int64_t g = 0; g < groups; ++g) scratch.w_scale[g * kChannels + c] = scales[(first + c) * groups + g];
-    if (widen) {
-      scratch.wide.resize(packed.size(1));
-      widen(t, scratch.wide.data());
-      t.w[0] = scratch.wide.data();
-    }
+      for (int64_t g = 0; g < groups; ++g) panel_scale[g * kChannels + c] = scales[(first + c) * groups + g];
   });
 }
 
@@ -210,27 +198,25 @@ Tensor multiply_packed(const TileFn* tiles, WidenFn widen, const Tensor& rows, c
 // exact within a group; groups are added in float32. A row with NaN or Inf gives NaN outputs.
 Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& w_scale, int64_t group,
                    const optional<Tensor>& bias) {
-  const Tensor rows = check_x("int8_linear", x, w_scale.size(0), bias);
+  const Tensor rows = check_x("int8_linear", x, w_scale, bias);
   check_packed("int8_linear", x, packed, w_scale, group);
   const auto [q, x_scale] = quantize_rows(rows, group);
-  const bool wide = x.size(0) >= kManyRows && active->widen;
-  return multiply_packed(wide ? active->int8_many : active->int8, wide ? active->widen : nullptr, q, &x_scale,
-                         x.size(1), packed, w_scale, group, bias);
+  return multiply_packed(active->int8, q, &x_scale, x.size(1), packed, w_scale, group, bias);
 }
 
-// The same with float32 activations. Meant for few rows: above 8, dequantised blocks and a float32 GEMM are faster.
+// The same with float32 activations. Meant for few rows: for many, a float32 GEMM over dequantised blocks is faster.
 Tensor int8_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& w_scale, int64_t group,
                                const optional<Tensor>& bias) {
-  const Tensor rows = check_x("int8_weight_only_linear", x, w_scale.size(0), bias);
+  const Tensor rows = check_x("int8_weight_only_linear", x, w_scale, bias);
   check_packed("int8_weight_only_linear", x, packed, w_scale, group);
-  return multiply_packed(active->weight_only, nullptr, arrange_rows(rows, 4), nullptr, x.size(1), packed, w_scale, group, bias);
+  return multiply_packed(active->weight_only, arrange_rows(rows, 4), nullptr, x.size(1), packed, w_scale, group, bias);
 }
 
 // bfloat16 weights [N, K] as they are, float32 activations and sums. Meant for few rows, like the one above.
 Tensor bf16_linear(const Tensor& x, const Tensor& w, const optional<Tensor>& bias) {
-  TORCH_CHECK(w.dim() == 2 && w.is_cpu() && w.scalar_type() == at::kBFloat16 && w.is_contiguous(),
+  TORCH_CHECK(w.is_cpu() && w.scalar_type() == at::kBFloat16 && w.is_contiguous(),
               "bf16_linear: w must be a contiguous bfloat16 CPU matrix [N, K], got ", w.scalar_type(), " ", w.sizes());
-  const Tensor checked = check_x("bf16_linear", x, w.size(0), bias);
+  const Tensor checked = check_x("bf16_linear", x, w, bias);
   TORCH_CHECK(x.size(1) == w.size(1), "bf16_linear: x has ", x.size(1), " inputs, w has ", w.size(1));
   const Tensor rows = arrange_rows(checked, 16);
   Tile tile{};
@@ -239,7 +225,7 @@ Tensor bf16_linear(const Tensor& x, const Tensor& w, const optional<Tensor>& bia
   tile.k = tile.group = w.size(1);
   const char* p = static_cast<const char*>(w.const_data_ptr());
   return multiply(active->bf16, tile, rows.size(1) * 4, x.size(0), w.size(0), bias,
-                  [&](Tile& t, int64_t first, PanelScratch&) { t.w[0] = p + first * t.k * 2; });
+                  [&](Tile& t, int64_t first, float*) { t.w[0] = p + first * t.k * 2; });
 }
 
 }  // namespace
@@ -250,7 +236,8 @@ TORCH_LIBRARY(tinyopt, m) {
   m.def("pack_int8(Tensor w) -> Tensor");
   m.def("unpack_int8(Tensor packed, int N, int K) -> Tensor");
   m.def("int8_linear(Tensor x, Tensor packed, Tensor w_scale, int group_size, Tensor? bias=None) -> Tensor");
-  m.def("int8_weight_only_linear(Tensor x, Tensor packed, Tensor w_scale, int group_size, Tensor? bias=None) -> Tensor");
+  m.def(
+      "int8_weight_only_linear(Tensor x, Tensor packed, Tensor w_scale, int group_size, Tensor? bias=None) -> Tensor");
   m.def("bf16_linear(Tensor x, Tensor w, Tensor? bias=None) -> Tensor");
   select_variant("");
 }

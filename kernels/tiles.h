@@ -16,6 +16,11 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define TARGET_AVX2 __attribute__((target("avx2,fma")))
+#if defined(__clang__)
+#define NO_PRE
+#else  // GCC's partial redundancy elimination carries loads into the next turn and pushes sums out of registers
+#define NO_PRE __attribute__((optimize("no-tree-pre")))
+#endif
 #endif
 
 namespace {
@@ -25,22 +30,17 @@ constexpr int kChannels = 16;  // output channels in a panel
 
 // One call of an inner loop: up to kRows rows times one panel, over all of K.
 struct Tile {
-  const void* x;           // first row, laid out by the matching prepare_* function
-  int64_t x_stride;        // elements from row to row
-  const void* w[2];        // packed: both 8-channel blocks of the panel; bfloat16: w[0] is the first channel
-  int64_t k;               // inputs
-  int64_t group;           // inputs per scale
-  const float* x_scale;    // [rows, groups], int8 activations only
-  const float* w_scale;    // [groups, kChannels]
-  int channels;            // channels that exist: fewer than kChannels in the last panel
-  float* out;              // [rows, kChannels], overwritten
+  const void* x;         // first row, from quantize_rows or arrange_rows
+  int64_t x_stride;      // elements from row to row
+  const void* w[2];      // packed: both 8-channel blocks of the panel; bfloat16: w[0] is the first channel
+  int64_t k;             // inputs
+  int64_t group;         // inputs per scale
+  const float* x_scale;  // [rows, groups], int8 activations only
+  const float* w_scale;  // [groups, kChannels]
+  int channels;          // channels that exist: fewer than kChannels in the last panel
+  float* out;            // [rows, kChannels], overwritten
 };
 using TileFn = void (*)(const Tile&);
-
-// Four inputs of a panel as int16: 16 channels times inputs (0, 2), then 16 times (1, 3).
-struct alignas(64) WidePanel {
-  int16_t w[64];
-};
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -100,25 +100,10 @@ void bf16_portable(const Tile& t) {
 
 constexpr int kPrefetch = 1024;  // bytes ahead: 10-15 % more bandwidth at one row; reading past the end is harmless
 
-TARGET_AVX2 inline __m256i even_bytes(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
-TARGET_AVX2 inline __m256i odd_bytes(__m256i v) { return _mm256_srai_epi16(v, 8); }
-
-TARGET_AVX2 void widen_avx2(const Tile& t, WidePanel* out) {
-  const auto *w0 = static_cast<const __m256i*>(t.w[0]), *w1 = static_cast<const __m256i*>(t.w[1]);
-  for (int64_t s = 0; s < ceil_div(t.k, 4); ++s) {
-    const __m256i a = _mm256_loadu_si256(w0 + s), b = _mm256_loadu_si256(w1 + s);
-    auto* to = reinterpret_cast<__m256i*>(out + s);
-    _mm256_store_si256(to, even_bytes(a));
-    _mm256_store_si256(to + 1, even_bytes(b));
-    _mm256_store_si256(to + 2, odd_bytes(a));
-    _mm256_store_si256(to + 3, odd_bytes(b));
-  }
-}
-
 // Pairs of int16 are multiplied by vpmaddwd, which is exact. vpmaddubsw (8-bit, as in most int8 libraries) would
 // saturate at 255 * 127 * 2, and the sign juggling that avoids it costs more than the shifts here.
-template <int R, bool kWide>
-TARGET_AVX2 void int8_avx2(const Tile& t) {
+template <int R>
+TARGET_AVX2 NO_PRE void int8_avx2(const Tile& t) {
   const auto* x = static_cast<const int32_t*>(t.x);
   const auto *w0 = static_cast<const __m256i*>(t.w[0]), *w1 = static_cast<const __m256i*>(t.w[1]);
   const int64_t steps = ceil_div(t.k, 4), group_steps = ceil_div(t.group, 4), groups = ceil_div(t.k, t.group);
@@ -126,22 +111,10 @@ TARGET_AVX2 void int8_avx2(const Tile& t) {
   __m256 out[R][2] = {};
   for (int64_t g = 0, s = 0; g < groups; ++g) {
     __m256i sum[R][2] = {};
-    const int64_t end = std::min(s + group_steps, steps);
-    if constexpr (kWide) {
-#pragma GCC unroll 4
-      for (int64_t p = 2 * s; p < 2 * end; ++p) {
-        const __m256i a = _mm256_load_si256(w0 + 2 * p), b = _mm256_load_si256(w0 + 2 * p + 1);
-        for (int r = 0; r < R; ++r) {
-          const __m256i v = _mm256_set1_epi32(x[r * stride + p]);
-          sum[r][0] = _mm256_add_epi32(sum[r][0], _mm256_madd_epi16(a, v));
-          sum[r][1] = _mm256_add_epi32(sum[r][1], _mm256_madd_epi16(b, v));
-        }
-      }
-      s = end;
-    }
-    for (; s < end; ++s) {
+    for (const int64_t end = std::min(s + group_steps, steps); s < end; ++s) {
       const __m256i a = _mm256_loadu_si256(w0 + s), b = _mm256_loadu_si256(w1 + s);
-      const __m256i a_even = even_bytes(a), b_even = even_bytes(b), a_odd = odd_bytes(a), b_odd = odd_bytes(b);
+      const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8), a_odd = _mm256_srai_epi16(a, 8);
+      const __m256i b_even = _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8), b_odd = _mm256_srai_epi16(b, 8);
       _mm_prefetch(w0 + s + kPrefetch / 32, _MM_HINT_T0);
       _mm_prefetch(w1 + s + kPrefetch / 32, _MM_HINT_T0);
       for (int r = 0; r < R; ++r) {
@@ -155,7 +128,8 @@ TARGET_AVX2 void int8_avx2(const Tile& t) {
     }
     for (int r = 0; r < R; ++r) {
       for (int i = 0; i < 2; ++i) {
-        const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(t.x_scale[r * groups + g]), _mm256_loadu_ps(t.w_scale + g * kChannels + 8 * i));
+        const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(t.x_scale[r * groups + g]),
+                                           _mm256_loadu_ps(t.w_scale + g * kChannels + 8 * i));
         out[r][i] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum[r][i]), scale, out[r][i]);
       }
     }
@@ -235,22 +209,25 @@ TARGET_AVX2 void bf16_avx2(const Tile& t) {
 
 // ---- choice of the variant ----
 
-// `widen` may be null; else it serves `int8_many`, whose w[0] is then a WidePanel per 4 inputs: with many rows it pays
-// to widen a panel once instead of once every 4 rows.
 struct Variant {
   const char* name;
   bool (*supported)();
-  void (*widen)(const Tile&, WidePanel*);
-  TileFn int8_many[kRows], int8[kRows], weight_only[kRows], bf16[kRows];  // indexed by rows - 1
+  TileFn int8[kRows], weight_only[kRows], bf16[kRows];  // indexed by rows - 1
 };
-#define BY_ROWS(f, ...) {f<1 __VA_ARGS__>, f<2 __VA_ARGS__>, f<3 __VA_ARGS__>, f<4 __VA_ARGS__>}
-const Variant kVariants[] = {  // best first
+#define BY_ROWS(f) {f<1>, f<2>, f<3>, f<4>}
+
+template <int R>
+constexpr TileFn int8_portable = packed_portable<R, int16_t, int32_t>;
+template <int R>
+constexpr TileFn weight_only_portable = packed_portable<R, float, float>;
+
+// Best first.
+const Variant kVariants[] = {
 #if defined(__x86_64__)
-    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, widen_avx2,
-     BY_ROWS(int8_avx2, , true), BY_ROWS(int8_avx2, , false), BY_ROWS(weight_only_avx2), BY_ROWS(bf16_avx2)},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; },
+     BY_ROWS(int8_avx2), BY_ROWS(weight_only_avx2), BY_ROWS(bf16_avx2)},
 #endif
-    {"portable", [] { return true; }, nullptr, BY_ROWS(packed_portable, , int16_t, int32_t),
-     BY_ROWS(packed_portable, , int16_t, int32_t), BY_ROWS(packed_portable, , float, float), BY_ROWS(bf16_portable)},
+    {"portable", [] { return true; }, BY_ROWS(int8_portable), BY_ROWS(weight_only_portable), BY_ROWS(bf16_portable)},
 };
 
 }  // namespace

@@ -149,3 +149,12 @@ def stepwise_logits(model, input_ids, cache):
     """Logits of the same ids fed one token at a time through `cache`."""
     steps = [logits_of(model, input_ids[:, i : i + 1], cache) for i in range(input_ids.shape[1])]
     return torch.cat(steps, dim=1)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say how many faults were really tried."""
+    outcomes = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]
+    tried = [report for report in outcomes if report.when == "call" and "faults" in report.keywords]
+    if tried:
+        survived = sum(report.passed for report in tried)
+        terminalreporter.write_line(f"faults tried: {len(tried)}, survived: {survived}")

@@ -154,6 +154,15 @@ def test_bytes_of_a_tied_model(shape):
     assert weight_bytes(model) == streamed_bytes(model) == 4 * (table + rest) + buffers
 
 
+def test_one_storage_in_two_parameters_counts_once(tiny):
+    """Tied by value rather than by object, as after a technique has wrapped a weight anew: still one tensor in memory."""
+    model, tied = tiny(), tiny(tied=True)
+    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.data, requires_grad=False)
+    assert weight_bytes(model) == streamed_bytes(model) == weight_bytes(tied)
+    assert sum(evidence(model)["bytes_by_dtype"].values()) == weight_bytes(tied)
+    assert len(stored_tensors(model)) == len(stored_tensors(tied))
+
+
 def test_half_the_dtype_is_half_the_bytes(tiny):
     """And the dtype that most bytes have is what a record states."""
     model = tiny()

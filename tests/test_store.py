@@ -1,0 +1,125 @@
+"""The results folder: what is kept, skipped, moved aside and refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import jsonschema
+import pytest
+
+import judgement
+import records
+from interleave import Comparison
+from store import ResultsFolder
+
+HEAD = {"environment": {"cpu": "x"}, "workload": {"prompt_tokens": 1}, "identity": {"model": "tiny"}}
+STEPS = [{"technique": "head_pruning", "options": {"prune_ratio": 0.25}}]
+
+
+def a_record(name="head_pruning", **fields):
+    known = {"title": name, "status": "ok", "steps": STEPS, "model": "tiny", "device": "cpu", "random_weights": False}
+    return records.new_record(name=name, **(known | fields))
+
+
+def opened(folder, **changes):
+    store = ResultsFolder(folder, **(HEAD | changes))
+    store.close()
+    return store
+
+
+def test_schema_lists_exactly_the_keys_of_the_contract():
+    schema = json.loads((records.Path(records.__file__).parent / "record.schema.json").read_text())
+    assert set(schema["properties"]) == set(schema["required"]) == set(records.RECORD_KEYS)
+
+
+@pytest.mark.parametrize("broken", [{"status": "fine"}, {"status": "failed"}, {"speedup_ci": [1.0]}, {"weights_mb": "many"}])
+def test_a_record_that_breaks_the_schema_is_not_written(tmp_path, broken):
+    """An unknown status, a failure without its reason, half an interval, text for a number."""
+    with pytest.raises(jsonschema.ValidationError):
+        opened(tmp_path).save(a_record(**broken))
+    assert not list(tmp_path.glob("*_results.json"))
+
+
+def test_finished_recipes_are_found_again(tmp_path):
+    opened(tmp_path).save(a_record())
+    again = opened(tmp_path)
+    assert again.finished("head_pruning", STEPS)
+    assert not again.finished("head_pruning", [])
+    assert not again.finished("other", STEPS)
+
+
+def test_failed_recipes_are_measured_again(tmp_path):
+    opened(tmp_path).save(a_record(status="failed", reason="a reason"))
+    assert not opened(tmp_path).finished("head_pruning", STEPS)
+
+
+@pytest.mark.parametrize("changes", [{"identity": {"model": "another"}}, {"resume": False}])
+def test_results_of_another_experiment_are_moved_not_mixed(tmp_path, changes):
+    opened(tmp_path).save(a_record())
+    store = opened(tmp_path, **changes)
+    assert not store.records and "previous" in store.notice
+    assert list((tmp_path / "previous").glob("*/head_pruning_results.json"))
+
+
+@pytest.mark.parametrize("content", ["{ half a", "[]", "", '{"identity": {"model": "tiny"}, "results": [{"name": "x"}]}'])
+def test_unreadable_results_do_not_stop_a_run(tmp_path, content):
+    (tmp_path / "consolidated_results.json").write_text(content)
+    assert opened(tmp_path).records == {}
+
+
+def test_one_writer_at_a_time(tmp_path):
+    first = ResultsFolder(tmp_path, **HEAD)
+    with pytest.raises(ValueError, match=r"--results-dir.*another run is writing there"):
+        ResultsFolder(tmp_path, **HEAD)
+    first.close()
+    opened(tmp_path)
+
+
+def test_nan_and_infinity_become_null(tmp_path):
+    opened(tmp_path).save(a_record(perplexity=float("inf"), delta_nll=float("nan")))
+    saved = json.loads((tmp_path / "head_pruning_results.json").read_text())
+    assert saved["perplexity"] is None and saved["delta_nll"] is None
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    records.save_json(tmp_path / "a.json", {"old": 1})
+    monkeypatch.setattr(records.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        records.save_json(tmp_path / "a.json", {"new": 2})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"old": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_csv_has_a_row_a_recipe(tmp_path):
+    store = opened(tmp_path)
+    store.save(a_record("baseline", steps=[], decode_tokens_per_s=10.0))
+    store.save(a_record(speedup=1.5, speedup_ci=[1.4, 1.6]))
+    rows = list(csv.DictReader((tmp_path / "consolidated_results.csv").open()))
+    assert [row["name"] for row in rows] == ["baseline", "head_pruning"]
+    assert (rows[0]["decode_tokens_per_s"], rows[1]["speedup_ci"], rows[1]["perplexity"]) == ("10.0", "1.4 1.6", "")
+
+
+def test_targets_need_the_bound_not_the_point():
+    """97.5 % retention with an interval from 96.5 % is a miss; without an interval the point decides."""
+    baseline = a_record("baseline", peak_memory_mb=100.0)
+    variant = a_record(speedup=1.6, peak_memory_mb=65.0, perplexity_retention=0.975, perplexity_retention_ci=[0.965, 0.985])
+    assert judgement.judge_targets(variant, baseline) == {"speed": True, "memory": True, "quality": False, "all": False}
+    variant["perplexity_retention_ci"] = None
+    assert judgement.judge_targets(variant, baseline)["all"] is True
+    variant["perplexity_retention"] = None
+    assert judgement.judge_targets(variant, baseline) == {"speed": True, "memory": True, "quality": None, "all": None}
+
+
+def test_retention_verdicts_use_the_interval():
+    verdicts = judgement.retention_verdicts([0.975, 0.992])
+    assert verdicts == {"97.0%": "kept", "99.0%": "not resolved", "99.9%": "lost"}
+
+
+def test_noise_floor_that_excludes_one_is_not_trusted():
+    def sides(factor):
+        base = [{"decode_tokens_per_s": 10.0 + i / 100, "prefill_tokens_per_s": 5.0 + (i % 3)} for i in range(8)]
+        return Comparison(base, [{key: value * factor for key, value in reading.items()} for reading in base])
+
+    assert judgement.noise_floor(sides(1.0))["trustworthy"] is True
+    assert judgement.noise_floor(sides(1.1))["trustworthy"] is False
