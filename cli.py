@@ -72,7 +72,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         if min(batch_sizes) < 1:
             raise ValueError(f"--batch-size {min(batch_sizes)}: choose 1 or more")
         args.axes = list(itertools.product(depths, batch_sizes))[1:]
-        args.budget_s = args.budget_s or (10.0 if args.quick else 30.0)
+        if args.budget_s is None:
+            args.budget_s = 10.0 if args.quick else 30.0
+        if not args.budget_s > 0:
+            raise ValueError(f"--budget-s {args.budget_s:g}: choose a number of seconds above 0")
         args.prompts = read_prompts(args.prompts_file)
         if args.text_file is not None:
             from texts import load_text
@@ -83,11 +86,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         args.torch_device = devices.pick_device(args.device)
         args.source = models.find_model(args.model)
         args.config = models.load_config(args.source)
-        deepest = max([args.workload.depth, *(depth for depth, _ in args.axes)])
-        longest = max(args.workload.positions - args.workload.depth + deepest, args.workload.quality_window)
-        if longest > args.config.max_position_embeddings:
-            limit = args.config.max_position_embeddings
-            raise ValueError(f"--depth + --prompt-tokens + --new-tokens is {longest}: {args.source.name} has {limit} positions")
+        check_positions(args)
     except ValueError as error:
         fail(parser, error)
     args.threads = args.threads or devices.default_threads()
@@ -95,6 +94,17 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     if args.source.notice:
         print(f"NOTE  {args.source.notice}", file=sys.stderr)
     return args
+
+
+def check_positions(args: argparse.Namespace) -> None:
+    """Raises ValueError if a sequence would be longer than the model's positions."""
+    limit, work = args.config.max_position_embeddings, args.workload
+    deepest = max([work.depth, *(depth for depth, _ in args.axes)])
+    longest = deepest + work.prompt_tokens + work.new_tokens
+    if longest > limit:
+        raise ValueError(f"--depth + --prompt-tokens + --new-tokens is {longest}: {args.source.name} has {limit} positions")
+    if work.quality_window > limit and not args.source.random_weights:
+        raise ValueError(f"--quality-window {work.quality_window}: {args.source.name} has {limit} positions")
 
 
 def fail(parser: argparse.ArgumentParser, error: Exception) -> None:

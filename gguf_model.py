@@ -93,9 +93,12 @@ def _config(reader: gguf.GGUFReader, path: Path) -> LlamaConfig:
     names = {tensor.name for tensor in reader.tensors}
     if "rope_freqs.weight" in names or reader.get_field("llama.rope.scaling.type") is not None:
         raise ValueError(f"--model {path.name}: scaled rotary embeddings are not supported from GGUF; use safetensors")
+    vocabulary = next((int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"), None)
+    if vocabulary is None:
+        raise ValueError(f"--model {path.name}: the GGUF file holds no weights (token_embd.weight is missing)")
     heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
     return LlamaConfig(
-        vocab_size=next(int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"),
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=field("llama.feed_forward_length"),
         num_hidden_layers=field("llama.block_count"),

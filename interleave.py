@@ -69,7 +69,9 @@ def interleave(
     taken: dict[str, list] = {"baseline": [], "variant": []}
     sides = [("baseline", baseline), ("variant", variant)]
     while True:
-        for name, block in sides if rng.random() < 0.5 else sides[::-1]:
+        # A B, then B A (or the reverse, by a coin): after two pairs neither side has come first more often.
+        sides = sides[::-1] if len(taken["baseline"]) % 2 or rng.random() < 0.5 else sides
+        for name, block in sides:
             taken[name].append(block())
         comparison = Comparison(**taken)
         done = len(taken["baseline"])

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -85,7 +86,7 @@ def load_config(source: ModelSource) -> LlamaConfig:
         return gguf_model.read_config(Path(source.location))
     try:
         config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"--model {source.name}: {_first_line(error)}") from None
     if config.model_type != "llama":
         raise ValueError(f"--model {source.name}: architecture '{config.model_type}' is not of the Llama family")
@@ -109,10 +110,11 @@ def load_model(source: ModelSource, *, device: torch.device | str = "cpu", seed:
                 source.location, revision=source.revision, dtype=torch.float32,
                 use_safetensors=True, trust_remote_code=False,
             )  # fmt: skip
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise ValueError(f"--model {source.name}: {_first_line(error)}") from None
     model.eval().requires_grad_(False)
-    model.generation_config.pad_token_id = model.generation_config.eos_token_id
+    end_of_sequence = model.generation_config.eos_token_id  # a list where a model has several, as Llama 3 does
+    model.generation_config.pad_token_id = end_of_sequence[0] if isinstance(end_of_sequence, list) else end_of_sequence
     return model.to(device)
 
 

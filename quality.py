@@ -86,9 +86,9 @@ def score_variant(model, reference: Reference, *, progress=None) -> dict:
         for log_probs, targets in _log_probs(model, window, reference.chunk):
             here = slice(position, position + len(targets))
             ids = reference.top_ids[index, here].long().to(log_probs.device)
-            base = reference.top_log_probs[index, here].to(log_probs.device)
+            base = reference.top_log_probs[index, here]
             nll.append(-log_probs.gather(1, targets[:, None])[:, 0].cpu())
-            divergence.append(_kl_divergence(base, log_probs.gather(1, ids)).cpu())
+            divergence.append(_kl_divergence(base, log_probs.gather(1, ids).cpu()))
             agreement.append((log_probs.argmax(1) == ids[:, 0]).cpu())
             position += len(targets)
         if progress:

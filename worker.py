@@ -145,6 +145,7 @@ class _Worker:
     def load(self) -> dict:
         """Load, then apply each step, each with its own peak. What is resident before is the runtime's share."""
         torch.ones(256, 256).matmul(torch.ones(256, 256))  # the first product maps the BLAS libraries
+        release_memory(self.device)
         self.runtime_mb = resident_mb() if self.device.type == "cpu" else 0.0
         with PeakMemory(self.device) as load_peak:
             start = time.perf_counter()

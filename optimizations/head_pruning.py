@@ -36,6 +36,8 @@ def apply(model, *, prune_ratio: float = 0.25, mode: str = "structural"):
     attentions = [layer.self_attn for layer in model.model.layers]
     if any(type(attention.o_proj) is not nn.Linear for attention in attentions):
         raise ValueError("no nn.Linear left to prune: run head_pruning before precision and quantization")
+    if any(hasattr(attention, "kv_of_head") for attention in attentions):
+        raise ValueError("this model was pruned unevenly before: apply head_pruning once")
     removed = total = 0
     uneven = False
     for attention in attentions:
@@ -68,6 +70,7 @@ def head_importance(attention) -> torch.Tensor:
 
 def heads_to_keep(importance: torch.Tensor, *, kv_heads: int, prune_ratio: float) -> list[int]:
     """Indices of the query heads that stay, ascending; the same number from every KV group where that is close enough."""
+    importance = importance.cpu()
     heads = len(importance)
     if not 0 < prune_ratio < 1:
         raise ValueError(f"--prune-ratio {prune_ratio}: choose a number strictly between 0 and 1")

@@ -37,10 +37,10 @@ def apply(model, *, dtype: str = "auto", untie: bool = False):
     Raises Unsupported for fp16 on a CPU that has no arithmetic for it, ValueError if no nn.Linear is left to convert.
     """
     half, native, reason = _choose(model.device, dtype)
-    tied = is_tied(model)
-    embedding = model.get_input_embeddings()
     if not any(type(module) is nn.Linear for module in model.modules()):
         raise ValueError("no nn.Linear left to convert: run mixed_precision before quantization")
+    tied = is_tied(model)
+    embedding = model.get_input_embeddings()
     if tied and not untie:
         embedding.weight = nn.Parameter(embedding.weight.data.to(half), requires_grad=False)
         model.set_input_embeddings(HalfTable(embedding.weight))
