@@ -38,7 +38,7 @@ class Workload:
     """The fixed work of a run. `depth` tokens are already in the cache before the timed prompt arrives."""
 
     prompt_tokens: int = 128
-    new_tokens: int = 64
+    new_tokens: int = 32
     depth: int = 0
     batch_size: int = 1
     repeats: int = 7

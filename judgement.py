@@ -10,6 +10,8 @@ RETENTION_LEVELS = (0.97, 0.99, 0.999)  # the original's promise; MLPerf's two l
 
 def judge(record: dict, baseline: dict, comparison: interleave.Comparison) -> None:
     """Fill in the fields that compare `record` with `baseline`, and its verdicts."""
+    if record["quality_protocol"] != baseline["quality_protocol"]:
+        raise ValueError(f"{record['name']} and the baseline were scored by different protocols: not comparable")
     decode, prefill = comparison.ratio("decode_tokens_per_s"), comparison.ratio("prefill_tokens_per_s")
     if decode is not None:
         record.update(speedup=decode.median, speedup_ci=decode.interval, verdict=decode.verdict)

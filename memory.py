@@ -1,9 +1,9 @@
 """Peak memory of a phase: what it added on top of the interpreter and its libraries, at its highest moment.
 
 On Linux the kernel itself keeps the peak of the resident set (VmHWM) and lets a process reset it, so nothing has to
-be sampled. Elsewhere a thread samples the resident set every 10 ms, and the record says so. On CUDA the allocator
-keeps its own peak; on MPS the allocator is sampled after each step. Runs that are timed are never measured here:
-a sampler costs time.
+be sampled. Elsewhere a thread samples the resident set every 10 ms, and the record says so. On CUDA, and on MPS where
+torch offers it, the allocator keeps its own peak; else the allocator is sampled. Runs that are timed are never
+measured here: a sampler costs time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PeakMemory:
         synchronize(self.device)
         release_memory(self.device)
         if self.method == "allocator peak":
-            torch.cuda.reset_peak_memory_stats(self.device)
+            torch.accelerator.reset_peak_memory_stats()
         elif self.method == "VmHWM":
             Path("/proc/self/clear_refs").write_text("5")
         else:
@@ -53,7 +53,7 @@ class PeakMemory:
     def __exit__(self, *exception) -> None:
         synchronize(self.device)
         if self.method == "allocator peak":
-            self.peak_mb = torch.cuda.max_memory_allocated(self.device) / MB
+            self.peak_mb = torch.accelerator.max_memory_allocated() / MB
         elif self.method == "VmHWM":
             self.peak_mb = _vm_hwm_mb()
         else:
@@ -72,10 +72,13 @@ class PeakMemory:
 
 
 def _method(device: torch.device) -> tuple[str, int]:
-    if device.type == "cuda":
+    if device.type != "cpu":
+        try:
+            torch.accelerator.reset_peak_memory_stats()
+            torch.accelerator.max_memory_allocated()
+        except (RuntimeError, NotImplementedError, AttributeError):  # MPS got these counters only in recent torch
+            return "sampled allocator", SAMPLING_INTERVAL_MS
         return "allocator peak", 0
-    if device.type == "mps":
-        return "sampled allocator", SAMPLING_INTERVAL_MS
     try:
         Path("/proc/self/clear_refs").write_text("5")  # needs CONFIG_PROC_PAGE_MONITOR; refused in some containers
         _vm_hwm_mb()

@@ -39,6 +39,12 @@ RECORD_KEYS = (
 )  # fmt: skip
 
 
+QUALITY_KEYS = (
+    "perplexity", "perplexity_retention", "perplexity_retention_ci", "kl_divergence", "top1_agreement", "delta_nll",
+    "delta_nll_ci",
+)  # fmt: skip
+
+
 def new_record(**known) -> dict:
     """A record with every key of the contract, null unless given. Raises KeyError for a key the contract lacks."""
     unknown = set(known) - set(RECORD_KEYS)
@@ -48,11 +54,18 @@ def new_record(**known) -> dict:
 
 
 def busy_notice(environment: dict) -> str | None:
-    """What to tell the user where something else is running on this machine already."""
-    load = environment["load_average"][0]
-    if load < 0.5:
+    """What to tell the user where something else is using this machine, or its GPU, already."""
+    percent, in_use_mb = environment["cpu_percent_before"], environment["gpu_memory_in_use_mb"] or 0
+    busy = [f"its CPU is {percent:.0f} % in use"] if percent > 15 else []
+    busy += [f"{in_use_mb:.0f} MB of GPU memory are taken"] if in_use_mb > 1000 else []
+    return f"the machine is busy before the run ({', '.join(busy)}): intervals will be wider" if busy else None
+
+
+def _gpu_memory_in_use_mb(device: torch.device) -> float | None:
+    if device.type != "cuda":
         return None
-    return f"the machine is busy (load average {load:.1f} before the run): intervals will be wider"
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free) / MB
 
 
 def resolved(technique: str, options: dict) -> dict:
@@ -82,6 +95,8 @@ def environment(*, device: torch.device, threads: int) -> dict:
         "ram_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "os": platform.platform(),
         "load_average": [round(value, 2) for value in psutil.getloadavg()],
+        "cpu_percent_before": psutil.cpu_percent(interval=0.5),
+        "gpu_memory_in_use_mb": _gpu_memory_in_use_mb(device),
         "power_source": power_source(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

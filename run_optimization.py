@@ -22,10 +22,8 @@ RECIPES = {
     "int8_weight_only": ("Int8, weights only", [("quantization", {"scheme": "weight-only"})]),
     "int8_classic": ("Int8, torch's own (classic)", [("quantization", {"scheme": "classic"})]),
     "head_pruning": ("Head pruning 25 %", [("head_pruning", {})]),
-    "head_mask": ("Head masking 25 %", [("head_pruning", {"mode": "mask"})]),
     "kv_cache_int8": ("Int8 KV cache", [("kv_cache_quant", {})]),
     "half+kv8": ("Mixed precision + int8 KV", [("mixed_precision", {}), ("kv_cache_quant", {})]),
-    "int8+kv8": ("Int8 + int8 KV", [("quantization", {}), ("kv_cache_quant", {})]),
     "prune+int8+kv8": ("Pruning + int8 + int8 KV", [("head_pruning", {}), ("quantization", {}), ("kv_cache_quant", {})]),
 }
 

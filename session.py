@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -121,10 +120,7 @@ class Session:
         side = self.baseline_side
         self._measure_common(record, side)
         if self.inputs.windows is not None:
-            with console.status("baseline: quality"):
-                call = {"windows": self.inputs.windows, "reference_file": str(self.reference_file)}
-                summary = side.call("score_baseline", **call)
-            record.update({key: value for key, value in summary.items() if key in record})
+            record.update(self._baseline_quality(side))
             self.baseline_tokens = self._continuations(side)
             record["continuations"] = self._texts(self.baseline_tokens, None)
         with console.status("baseline: timing"):
@@ -134,13 +130,23 @@ class Session:
         self._fill_speed(record, self.baseline_samples)
         self._report_line(record)
 
+    def _baseline_quality(self, side: Side) -> dict:
+        """Score the baseline, or take what an earlier run of the same experiment left in the folder's cache."""
+        earlier = self.store.records.get(BASELINE)
+        if earlier and earlier["status"] == "ok" and self.reference_file.exists():
+            return {key: earlier[key] for key in records.QUALITY_KEYS}
+        with console.status("baseline: quality"):
+            call = {"windows": self.inputs.windows, "reference_file": str(self.reference_file)}
+            summary = side.call("score_baseline", **call)
+        return {key: summary[key] for key in records.QUALITY_KEYS}
+
     def _measure_variant(self, record: dict, side: Side) -> None:
         self._make_room(record, side)
         self._measure_common(record, side)
         if self.inputs.windows is not None:
             with console.status(f"{record['name']}: quality"):
                 summary = side.call("score_variant", reference_file=str(self.reference_file))
-            record.update({key: value for key, value in summary.items() if key in record})
+            record.update({key: summary[key] for key in records.QUALITY_KEYS})
             record["continuations"] = self._texts(self.baseline_tokens, self._continuations(side))
         comparison = self._interleave(record["name"], side)
         self._fill_speed(record, comparison.variant)
@@ -206,7 +212,7 @@ class Session:
 
     def _measure_noise_floor(self) -> None:
         """The baseline against itself: what this run would call a difference where there is none."""
-        side = Side(replace(self._job([])))
+        side = Side(self._job([]))
         try:
             self._make_room({}, side)
             comparison = self._interleave("A/A, the baseline against itself", side)

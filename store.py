@@ -51,6 +51,7 @@ class ResultsFolder:
             self.records = {record["name"]: record for record in earlier.get("results", []) if is_valid(record)}
             self.aa = earlier.get("aa")
         else:
+            (self.cache / "reference.safetensors").unlink(missing_ok=True)
             self._move_earlier()
 
     def close(self) -> None:

@@ -6,12 +6,12 @@ twins in pure PyTorch run on every device and define what the kernels must retur
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 
-from kernels.build import load_kernels
+from kernels import device_int8
+from kernels.build import cpu_variant, load_kernels
 
 # 1024 products of 127 * 127 stay below 2^24, so that float32 adds them exactly. It must be float32: integer matmul has
 # no fast path on a CPU and none at all on CUDA, and MPS has no float64.
@@ -19,6 +19,7 @@ EXACT_CHUNK = 1024
 # Up to so many rows the kernels, which expand the weights anew for every 4 rows, beat a float32 GEMM over blocks that
 # are expanded once. Unpacking int8 costs more than widening bfloat16, so its turn comes later.
 INT8_KERNEL_ROWS, BF16_KERNEL_ROWS = 128, 32
+PORTABLE_KERNEL_ROWS = 4  # the portable variant reads few bytes too, but is no match for a GEMM
 BLOCK_BYTES = 2 << 20  # of dequantised weights at a time: they stay in the cache until they are multiplied
 
 
@@ -102,16 +103,13 @@ def unpack(weight: torch.Tensor, n: int, k: int) -> torch.Tensor:
 def int8_linear(
     x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, group_size: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Multiplies in int8, x quantised on the fly. Arguments and result as in int8_linear_reference.
-
-    `weight` may be plain, from `pack`, or from `pack_onednn`.
-    """
-    if weight.is_mkldnn:
-        q, x_scale = quantize_groups(x.reshape(-1, x.shape[-1]), group_size)
-        return _finish(_onednn_product(q, weight, w_scale[:, 0]) * x_scale, x, bias)
-    if weight.dim() == 4 and _kernels_run(x):
-        rows = x.reshape(-1, x.shape[-1])
+    """Multiplies in int8, x quantised on the fly. Arguments and result as in int8_linear_reference."""
+    rows = x.reshape(-1, x.shape[-1])
+    if weight.dim() == 4 and _kernels_run(x) and _few(rows, None):
         return _shaped_like(x, torch.ops.tinyopt.int8_linear(rows, weight, w_scale, group_size, bias))
+    if x.device.type != "cpu" and device_int8.serves("dynamic", weight, w_scale):
+        q, x_scale = quantize_groups(rows, group_size)
+        return _finish(device_int8.dynamic_product(q, x_scale, weight, w_scale), x, bias)
     return int8_linear_reference(x, weight, w_scale, group_size, bias)
 
 
@@ -119,10 +117,12 @@ def int8_weight_only_linear(
     x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor, group_size: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Multiplies float activations with int8 weights, plain or from `pack`. float32 [..., N]."""
+    if x.device.type != "cpu" and device_int8.serves("weight-only", weight, w_scale):
+        return _finish(device_int8.weight_only_product(x.reshape(-1, x.shape[-1]), weight, w_scale), x, bias)
     if weight.dim() != 4 or not _kernels_run(x):
         return int8_weight_only_reference(x, weight, w_scale, group_size, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] <= INT8_KERNEL_ROWS:
+    if _few(rows, INT8_KERNEL_ROWS):
         return _shaped_like(x, torch.ops.tinyopt.int8_weight_only_linear(rows, weight, w_scale, group_size, bias))
 
     def expand(first: int, last: int) -> torch.Tensor:
@@ -138,42 +138,10 @@ def bf16_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     if weight.dtype != torch.bfloat16 or not _kernels_run(x):
         return bf16_linear_reference(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if rows.shape[0] <= BF16_KERNEL_ROWS:
+    if _few(rows, BF16_KERNEL_ROWS):
         return _shaped_like(x, torch.ops.tinyopt.bf16_linear(rows, weight, bias))
     out = _multiply_in_blocks(rows, weight.shape[0], lambda first, last: weight[first:last].float())
     return _finish(out, x, bias)
-
-
-@cache
-def onednn_is_exact() -> bool:
-    """Whether oneDNN's int8 product is exact here. Without VNNI it saturates 16-bit sums, silently."""
-    if not getattr(torch.cpu, "_is_vnni_supported", lambda: False)():
-        return False
-    try:
-        signs = torch.arange(32).remainder(2).mul(2).sub(1)
-        weight = (127 * signs)[:, None].expand(32, 256).to(torch.int8)
-        x = torch.full((2, 256), 127, dtype=torch.int8)
-        x[1] = -127
-        expected = (x[:, :1].int() * (127 * 256 * signs)).float()
-        return torch.equal(_onednn_product(x, pack_onednn(weight), torch.ones(32)), expected)
-    except (RuntimeError, AttributeError):  # a build of torch without oneDNN
-        return False
-
-
-def pack_onednn(weight: torch.Tensor) -> torch.Tensor:
-    """Lays int8 [N, K] out for oneDNN: an opaque tensor that only int8_linear with group_size == K can read.
-
-    The fastest choice for many rows on CPUs with VNNI or AMX. Ask `onednn_is_exact` first.
-    """
-    return torch.ops.onednn.qlinear_prepack(weight, None)
-
-
-def _onednn_product(q: torch.Tensor, packed: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
-    """q int8 [M, K] times the packed weight times w_scale float32 [N] -> float32 [M, N]."""
-    zero = torch.zeros(w_scale.shape[0], dtype=torch.int32)
-    return torch.ops.onednn.qlinear_pointwise(
-        q, 1.0, 0, packed, w_scale, zero, None, 1.0, 0, torch.float32, "none", [], ""
-    )
 
 
 @torch.compiler.assume_constant_result
@@ -183,6 +151,17 @@ def _ready() -> bool:
 
 def _kernels_run(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and _ready()
+
+
+@torch.compiler.assume_constant_result
+def _portable() -> bool:
+    return cpu_variant() == "portable"
+
+
+def _few(rows: torch.Tensor, limit: int | None) -> bool:
+    """Whether the kernel is the fastest way to multiply so many rows; `limit` None: on AVX2 it always is."""
+    limit = PORTABLE_KERNEL_ROWS if _portable() else limit
+    return limit is None or rows.shape[0] <= limit
 
 
 def _multiply_in_blocks(rows: torch.Tensor, n: int, expand: Callable[[int, int], torch.Tensor]) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from kernels.build import cpu_variant, load_kernels
+from kernels.device_int8 import serves
 from kernels.int8 import dequantize_groups, int8_linear, int8_weight_only_linear, pack, quantize_groups
 
 
@@ -93,8 +94,9 @@ class ClassicLinear(nn.Module):
         return tensors if self._inner[0].bias() is None else tensors | {"bias": self._inner[0].bias()}
 
 
-def kernel_note(device: torch.device) -> str:
+def kernel_note(device: torch.device, scheme: str) -> str:
     """Which arithmetic runs on `device`: for the record's notes."""
     if device.type != "cpu":
-        return f"PyTorch twin on {device.type}"
+        sample = torch.zeros(8, 8, dtype=torch.int8, device=device), torch.ones(8, 2 if scheme == "grouped" else 1)
+        return f"torch's own operator on {device.type}" if serves(scheme, *sample) else f"PyTorch twin on {device.type}"
     return load_kernels() or f"C++ kernels, {cpu_variant()}"

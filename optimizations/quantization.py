@@ -57,7 +57,7 @@ def apply(model, *, scheme: str = "auto", granularity: str = "channel", group_si
         model.set_input_embeddings(Int8Table(model.get_input_embeddings(), group_size=form["group_size"], shared=shared))
     use_grouped_heads(model)
     table = "" if not tied else "; tied table shared as int8" if embeddings == "int8" else "; table untied, float32 copy kept"
-    model.notes = [*getattr(model, "notes", []), f"int8 {scheme}: {kernel_note(model.device)}{table}"]
+    model.notes = [*getattr(model, "notes", []), f"int8 {scheme}: {kernel_note(model.device, scheme)}{table}"]
     return model
 
 

@@ -1,0 +1,68 @@
+"""Workers: what they answer, how they fail, and that a waiting one leaves the machine alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from pipeline_model import save_tiny_model
+
+import models
+import session
+from benchmark import Workload
+from worker import Job, RecipeError, WorkerProcess
+
+WORK = Workload(prompt_tokens=8, new_tokens=4, repeats=5)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return models.find_model(str(save_tiny_model(tmp_path_factory.mktemp("model"))))
+
+
+def job(source, tmp_path: Path, steps=()):
+    ids = torch.randint(1, 256, (3, 40))
+    return Job(
+        source=source, steps=list(steps), device="cpu", threads=1, workload=WORK, scratch_dir=str(tmp_path), input_ids=ids
+    )
+
+
+def test_a_waiting_worker_uses_no_cpu(source, tmp_path):
+    """Two workers take turns on the same cores: one that waits must not spin. Also: what a worker answers."""
+    with WorkerProcess(job(source, tmp_path)) as worker:
+        loaded = worker.call("load")
+        assert loaded["parameters"] == sum(p.numel() for p in models.load_model(source).parameters())
+        assert worker.call("size") == pytest.approx(loaded["weights_mb"], rel=0.05)
+        rates = worker.call("block")
+        assert set(rates) == {"ttft_ms", "prefill_tokens_per_s", "tpot_ms", "decode_tokens_per_s"}
+        deep = worker.call("point", depth=20, batch_size=3)
+        assert deep["kv_cache_mb"] == pytest.approx(2 * 2 * 2 * 16 * 4 * 3 * (20 + 8 + 4 - 1) / 1e6)
+        process = psutil.Process(worker.pid)
+        time.sleep(0.5)  # OpenMP's threads spin for a moment after their last loop
+        before = sum(process.cpu_times()[:2])
+        time.sleep(1.5)
+        assert sum(process.cpu_times()[:2]) - before < 0.05
+
+
+def test_a_killed_worker_is_named_and_can_be_started_again(source, tmp_path):
+    side = session.Side(job(source, tmp_path))
+    side.call("load")
+    psutil.Process(side.worker.pid).kill()
+    with pytest.raises(RecipeError, match="killed during block") as caught:
+        side.worker.call("block")
+    assert caught.value.status == "oom"
+    assert side.call("block")["decode_tokens_per_s"] > 0
+    side.release()
+
+
+def test_two_models_that_do_not_fit_are_loaded_in_turns(source, tmp_path):
+    """With a rival, one side's worker is gone before the other's loads."""
+    first, second = session.Side(job(source, tmp_path)), session.Side(job(source, tmp_path))
+    first.rival, second.rival = second, first
+    first.call("block")
+    second.call("block")
+    assert first.worker is None and second.worker.alive
+    second.release()
