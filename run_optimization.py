@@ -31,14 +31,21 @@ RECIPES = {
 def main(argv: list[str] | None = None) -> int:
     parser = cli.build_parser(__doc__)
     parser.add_argument("--recipes", metavar="A,B,C", help=f"default: all of {', '.join(RECIPES)}")
+    parser.add_argument("--dtype", choices=["auto", "fp16", "bf16"], default="auto",
+        help="half precision of the recipes that use it (default: fp16 on CUDA and MPS, bf16 on CPU)")  # fmt: skip
     args = cli.parse(parser, argv)
     names = list(RECIPES) if args.recipes is None else [name.strip() for name in args.recipes.split(",")]
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
         cli.fail(parser, ValueError(f"--recipes {unknown[0]!r}: choose from {', '.join(RECIPES)}"))
-    steps = {name: RECIPES[name][1] for name in names}
+    steps = {name: with_dtype(RECIPES[name][1], args.dtype) for name in names}
     titles = {name: RECIPES[name][0] for name in names} | {"baseline": "Baseline (fp32)"}
     return experiment.run(steps, args, parser=parser, titles=titles, aa=True)
+
+
+def with_dtype(steps, dtype: str):
+    """The same steps, mixed precision in `dtype`."""
+    return [(technique, options | ({"dtype": dtype} if technique == "mixed_precision" else {})) for technique, options in steps]
 
 
 if __name__ == "__main__":

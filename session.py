@@ -28,6 +28,7 @@ class Side:
     def __init__(self, job: Job):
         self.job = job
         self.worker: WorkerProcess | None = None
+        self.loaded: dict = {}  # what the worker said of the model when it loaded
         self.rival: Side | None = None  # set where memory holds only one of the two models
 
     def call(self, command: str, **arguments):
@@ -83,7 +84,6 @@ class Session:
                     self._guarded(records_of[name], lambda record, side=side: self._measure_variant(record, side))
                 finally:
                     side.release()
-                self._report_line(records_of[name])
         finally:
             self.baseline_side.release()
 
@@ -97,24 +97,29 @@ class Session:
     def _record(self, name: str, steps: Steps) -> dict:
         args = self.args
         return records.new_record(
-            name=name, title=self.titles.get(name, name), status="ok", model=args.source.name, device=str(args.torch_device),
-            random_weights=args.source.random_weights, repro=self.repro(name), quality_protocol=self.inputs.quality_protocol,
+            name=name, title=self.titles.get(name, name), status="interrupted", reason="the run ended here",
+            model=args.source.name, device=str(args.torch_device), random_weights=args.source.random_weights,
+            repro=self.repro(name), quality_protocol=self.inputs.quality_protocol,
             steps=[{"technique": technique, "options": records.resolved(technique, options)} for technique, options in steps],
         )  # fmt: skip
 
     def _guarded(self, record: dict, measure) -> None:
-        """Run `measure(record)`; whatever ends it becomes the record's status and reason. The record is saved."""
+        """Run `measure(record)`; whatever ends it becomes the record's status and reason. The record is saved.
+
+        What is no fault of the recipe (Ctrl-C, a full disk) goes on to the caller; the record then says "interrupted".
+        """
         try:
             measure(record)
+            record["status"], record["reason"] = "ok", None
         except RecipeError as error:
             record["status"], record["reason"] = error.status, str(error)
             if error.details and error.status == "failed":
                 console.print(error.details, style="dim", markup=False)
-        except KeyboardInterrupt:
-            record["status"], record["reason"] = "interrupted", "interrupted from the keyboard"
-            raise
+        except ValueError as error:
+            record["status"], record["reason"] = "failed", str(error)
         finally:
             self.store.save(record)
+        self._report_line(record)
 
     def _measure_baseline(self, record: dict) -> None:
         side = self.baseline_side
@@ -128,7 +133,6 @@ class Session:
             self.baseline_samples = [side.call("block") for _ in range(self.args.workload.repeats)]
         record.update(speedup=1.0, prefill_speedup=1.0, ceiling_speedup=1.0)
         self._fill_speed(record, self.baseline_samples)
-        self._report_line(record)
 
     def _baseline_quality(self, side: Side) -> dict:
         """Score the baseline, or take what an earlier run of the same experiment left in the folder's cache."""

@@ -5,11 +5,12 @@ Idea    A weight is round(w / scale) in [-127, 127], scale = absmax / 127. Decod
         speeds up prefill. Symmetric throughout: no zero points.
 Schemes grouped      one scale per 64 inputs, for weights and for activations (quantised per token, on the fly)
         dynamic      the original's: one scale per output channel, one per token. An outlier in a token's
-                     activations coarsens the whole token, which costs a small model 3-4 % of its perplexity
+                     activations coarsens the whole token, which costs a small model 5 % of its perplexity
         weight-only  int8 weights per channel, float activations: no outlier hurts, but prefill gains nothing
         classic      torch's deprecated quantize_dynamic, as a contrast: weights per tensor, 7-bit activations
         auto         grouped on a CPU, weight-only on CUDA and MPS, where torch has no grouped integer product
-        `--granularity tensor` takes one scale for a whole matrix (the original's formula).
+        `--granularity tensor` takes one scale for a whole matrix (the original's formula); `--float-activations
+        down_proj,lm_head` leaves the inputs of the named layers, where outliers gather, in floating point.
 Loses   Where the kernel is slow: without a C++ compiler the PyTorch twin runs, and the record's notes say so.
 Papers  Jacob et al. 2017: https://arxiv.org/abs/1712.05877; Dettmers et al. 2022 on outliers: https://arxiv.org/abs/2208.07339
 Writes  quantization_results.json beside the baseline's, and charts, in the results folder.
@@ -32,16 +33,24 @@ from kernels.attention import use_grouped_heads
 from kernels.int8_modules import ClassicLinear, Int8Linear, Int8Table, kernel_note
 from kernels.modules import is_tied, replace_linears
 
+LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
 SCHEMES = ("auto", "grouped", "dynamic", "weight-only", "classic")
 
 
-def apply(model, *, scheme: str = "auto", granularity: str = "channel", group_size: int = 64, embeddings: str = "int8"):
+def apply(
+    model, *, scheme: str = "auto", granularity: str = "channel", group_size: int = 64, embeddings: str = "int8",
+    float_activations: str = "",
+):  # fmt: skip
     """Quantise in place. `embeddings` int8 stores the input table as int8 rows (a tied table is shared with lm_head).
 
-    `granularity` (channel or tensor) applies to dynamic and weight-only, `group_size` to grouped.
+    `granularity` (channel or tensor) applies to dynamic and weight-only, `group_size` to grouped. `float_activations` names
+    layers, separated by commas, whose inputs stay in floating point.
     Raises ValueError if no nn.Linear is left to quantise, Unsupported where the device cannot run the scheme.
     """
-    check(model.config, scheme=scheme, granularity=granularity, group_size=group_size, embeddings=embeddings)
+    check(
+        model.config, scheme=scheme, granularity=granularity, group_size=group_size, embeddings=embeddings,
+        float_activations=float_activations,
+    )  # fmt: skip
     if scheme == "auto":
         scheme = "grouped" if model.device.type == "cpu" else "weight-only"
     if not any(type(module) is nn.Linear for module in model.modules()):
@@ -50,8 +59,11 @@ def apply(model, *, scheme: str = "auto", granularity: str = "channel", group_si
         return _apply_classic(model)
 
     tied = is_tied(model)
-    form = {"group_size": group_size if scheme == "grouped" else None, "int8_activations": scheme != "weight-only"}
-    replace_linears(model, lambda _, linear: Int8Linear(linear, per_tensor=granularity == "tensor", **form))
+    in_float = LAYERS if scheme == "weight-only" else _names(float_activations)
+    form = {"group_size": group_size if scheme == "grouped" else None, "per_tensor": granularity == "tensor"}
+    replace_linears(
+        model, lambda name, linear: Int8Linear(linear, int8_activations=name.rpartition(".")[2] not in in_float, **form)
+    )
     if embeddings == "int8":
         shared = model.lm_head if tied else None
         model.set_input_embeddings(Int8Table(model.get_input_embeddings(), group_size=form["group_size"], shared=shared))
@@ -61,7 +73,7 @@ def apply(model, *, scheme: str = "auto", granularity: str = "channel", group_si
     return model
 
 
-def check(config, *, scheme="auto", granularity="channel", group_size=64, embeddings="int8") -> None:
+def check(config, *, scheme="auto", granularity="channel", group_size=64, embeddings="int8", float_activations="") -> None:
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if scheme not in SCHEMES:
         raise ValueError(f"--scheme {scheme}: choose from {', '.join(SCHEMES)}")
@@ -69,8 +81,15 @@ def check(config, *, scheme="auto", granularity="channel", group_size=64, embedd
         raise ValueError(f"--granularity {granularity}: choose channel or tensor")
     if embeddings not in ("int8", "float"):
         raise ValueError(f"--embeddings {embeddings}: choose int8 or float")
+    unknown = _names(float_activations) - LAYERS
+    if unknown:
+        raise ValueError(f"--float-activations {min(unknown)}: choose from {', '.join(sorted(LAYERS))}")
     if group_size < 4 or group_size % 4:
         raise ValueError(f"--group-size {group_size}: choose a multiple of 4, e.g. 32, 64 or 128")
+
+
+def _names(comma_list: str) -> set[str]:
+    return {name.strip() for name in comma_list.split(",") if name.strip()}
 
 
 def _apply_classic(model):
@@ -114,6 +133,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--embeddings", choices=["int8", "float"], default=defaults["embeddings"],
         help="how the input embedding table is stored (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--float-activations", default=defaults["float_activations"], metavar="LAYER[,LAYER...]",
+        help="layers whose inputs stay floating point, e.g. down_proj,lm_head (default: none)")  # fmt: skip
     args = cli.parse(parser, argv)
     options = {name: getattr(args, name) for name in defaults}
     return experiment.run({"quantization": [("quantization", options)]}, args, parser=parser)

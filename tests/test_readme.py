@@ -1,0 +1,60 @@
+"""The README says what the committed results say, and names only files and commands that exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import charts
+import report
+import run_optimization
+from store import validate
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ["results", "results/tinyllama-random"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def committed_results():
+    """Results of the reader's own runs may stand where the committed ones were: then there is nothing to compare."""
+    command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", "results"]
+    status = subprocess.run(command, capture_output=True, text=True, check=False)
+    if status.returncode == 0 and status.stdout.strip():
+        pytest.skip("results/ holds results of your own, not the committed ones")
+
+
+def test_generated_parts_are_up_to_date():
+    """Mend with: python report.py results results/tinyllama-random --readme README.md"""
+    assert report.update_readme(ROOT / "README.md", check=True) == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_committed_charts_were_drawn_from_the_committed_numbers(folder):
+    consolidated = report.load_results(ROOT / folder)
+    assert charts.stale(consolidated, ROOT / folder) == []
+    assert (ROOT / folder / "visualizations" / "decode_speed.png").exists()
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_committed_results_are_whole(folder):
+    """Every record keeps the schema, none failed, random weights carry no quality, and the A/A comparison was sound."""
+    consolidated = report.load_results(ROOT / folder)
+    for record in consolidated["results"]:
+        validate(record)
+        assert record["status"] in ("ok", "unsupported"), record["reason"]
+        if record["random_weights"]:
+            assert record["perplexity"] is None and record["continuations"] is None
+    names = [record["name"] for record in consolidated["results"]]
+    assert names == ["baseline", *run_optimization.RECIPES]
+    assert consolidated["aa"]["trustworthy"]
+    assert consolidated["environment"]["dirty"] is False
+
+
+def test_every_script_and_picture_named_exists():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"python (\S+\.py)", readme)) | set(re.findall(r"!\[[^\]]*\]\(([^)]+)\)", readme))
+    assert named and all((ROOT / name).exists() for name in named), sorted(named)
+    assert "make run" in readme and "make test" in readme
