@@ -9,7 +9,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 def depth_speed(consolidated, records):
     """Decode speed against tokens in the cache, at the main batch size; names where a recipe overtakes the baseline."""
-    batch_size = number(consolidated["workload"], "batch_size") or 1
+    batch_size = number(consolidated.get("workload"), "batch_size") or 1
     lines = {id(r): _by_depth(consolidated, r, batch_size) for r in records}
     records = [r for r in records if len(lines[id(r)]) > 1]
     if not records:
@@ -23,7 +23,11 @@ def depth_speed(consolidated, records):
         _line(axes, place, points, label(record))
     axes.set_ylabel("decode tokens per second (higher is better)")
     axes.set_ylim(bottom=0)
-    notes = [_crossover(label(r), lines[id(r)]) for r in records if any(s["technique"] == "kv_cache_quant" for s in r["steps"])]
+    notes = [
+        _crossover(label(r), lines[id(r)])
+        for r in records
+        if any(s["technique"] == "kv_cache_quant" for s in r.get("steps") or [])
+    ]
     return finish(
         axes,
         consolidated,
@@ -36,11 +40,11 @@ def depth_speed(consolidated, records):
 
 def cache_memory(consolidated, records):
     """KV-cache memory against depth x batch size, for every recipe whose cache differs from the baseline's."""
-    chosen = [r for r in records if r.get("axes") and any(s["technique"] == "kv_cache_quant" for s in r["steps"])]
+    chosen = [r for r in records if r.get("axes") and any(s["technique"] == "kv_cache_quant" for s in r.get("steps") or [])]
     if not chosen:
         return None
     axes = new_axes(4)[0]
-    prompt = number(consolidated["workload"], "prompt_tokens") + number(consolidated["workload"], "new_tokens")
+    prompt = sum(number(consolidated.get("workload"), key) or 0 for key in ("prompt_tokens", "new_tokens"))
     tokens = [(p["depth"] + prompt) * p["batch_size"] for p in chosen[0]["axes"]]
     reference = sorted(zip(tokens, (p["baseline_kv_cache_mb"] for p in chosen[0]["axes"]), strict=True))
     axes.plot(*zip(*reference, strict=True), "k--", marker=".", label="baseline")
@@ -67,9 +71,9 @@ def _line(axes, place, points, name):
 
 def _by_depth(consolidated, record, batch_size):
     """depth -> (baseline, variant) tokens per second at the main batch size, the main workload's point included."""
-    main = {
-        consolidated["workload"]["depth"]: (baseline_of(consolidated)["decode_tokens_per_s"], record["decode_tokens_per_s"])
-    }
+    depth = number(consolidated.get("workload"), "depth") or 0
+    speeds = [number(one, "decode_tokens_per_s") for one in (baseline_of(consolidated), record)]
+    main = {depth: tuple(speeds)}
     points = [point for point in record.get("axes") or [] if point["batch_size"] == batch_size]
     others = {p["depth"]: (p["baseline_decode_tokens_per_s"], p["decode_tokens_per_s"]) for p in points}
     return dict(sorted((main | others).items()))

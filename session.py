@@ -18,6 +18,7 @@ from worker import Job, RecipeError, Steps, WorkerProcess
 BASELINE = "baseline"
 SPEED_QUANTITIES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms", "tpot_ms")
 AXIS_PAIRS = 3
+NOISE_PAIRS = 8  # judged on two quantities: with five pairs one sound run in eight would be called untrustworthy
 HEADROOM = 1.15  # a load needs this much more than its measured peak before it counts as fitting
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -184,12 +185,12 @@ class Session:
             console.print(f"  {note}", markup=False)
             record["notes"] = [note]
 
-    def _interleave(self, name: str, side: Side) -> interleave.Comparison:
+    def _interleave(self, name: str, side: Side, *, pairs: int = 0) -> interleave.Comparison:
         side.call("block")  # warm-up of the same shape, discarded
         with console.status(f"{name}: timing in turns with the baseline") as status:
             return interleave.interleave(
                 lambda: self.baseline_side.call("block"), lambda: side.call("block"),
-                pairs=self.args.workload.repeats, seed=self.args.seed, precision=self.args.precision,
+                pairs=max(pairs, self.args.workload.repeats), seed=self.args.seed, precision=self.args.precision,
                 budget_s=self.args.budget_s, progress=lambda done, _: status.update(f"{name}: timing, pair {done}"),
             )  # fmt: skip
 
@@ -219,7 +220,7 @@ class Session:
         side = Side(self._job([]))
         try:
             self._make_room({}, side)
-            comparison = self._interleave("A/A, the baseline against itself", side)
+            comparison = self._interleave("A/A, the baseline against itself", side, pairs=NOISE_PAIRS)
         except RecipeError as error:
             console.print(f"  the A/A comparison ended: {error}", markup=False)
             return

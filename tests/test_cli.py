@@ -123,7 +123,7 @@ def test_all_positions_may_be_used(config_folder, tmp_path):
     assert args.workload.positions == 1024
 
 
-@pytest.mark.parametrize("recipes", ["no_such_recipe", "int8,no_such_recipe", "", "int8,,head_mask", "INT8"])
+@pytest.mark.parametrize("recipes", ["no_such_recipe", "int8,no_such_recipe", "", "int8,,head_pruning", "INT8"])
 def test_unknown_recipe(refused, recipes):
     """Among known ones too; the sentence lists what there is."""
     sentence = refused(["--recipes", recipes], module="run_optimization")
@@ -268,8 +268,8 @@ def test_quick_is_smaller_and_a_flag_overrides_it(started):
 
 
 def test_recipes_are_taken_in_the_order_given(started):
-    recipes, _ = started("run_optimization", "--recipes", "kv_cache_int8, head_mask")
-    assert list(recipes) == ["kv_cache_int8", "head_mask"]
+    recipes, _ = started("run_optimization", "--recipes", "kv_cache_int8, head_pruning")
+    assert list(recipes) == ["kv_cache_int8", "head_pruning"]
 
 
 @pytest.mark.parametrize("name", run_optimization.RECIPES)

@@ -9,6 +9,8 @@ import struct
 import pytest
 from rich.console import Console
 
+import axis_charts
+import chart_parts
 import charts
 import report
 
@@ -23,6 +25,8 @@ RECIPES = [  # name, title, decode tokens/s, speed-up, prefill tokens/s, peak MB
     ("bf16+kv8", "BF16 + INT8 KV cache", "failed", "exit code 1"),
     ("prune+int8+kv8", "Head pruning + INT8 weights + INT8 KV cache", 22.4, 3.05, 371, 1690, 1180, 0.9389),
 ]
+
+AXES = {"decode_speed_by_depth", "kv_cache_memory"}
 
 
 def around(value, low, high):
@@ -175,7 +179,7 @@ def test_any_value_may_be_null_in_the_tables(results):
 
 def test_all_charts_are_drawn_and_large_enough_to_read(results, tmp_path):
     paths = charts.draw_all(results, tmp_path)
-    assert [path.stem for path in paths] == list(charts.CHARTS)
+    assert [path.stem for path in paths] == [name for name in charts.CHARTS if name not in AXES]
     assert sorted(paths) == sorted((tmp_path / "visualizations").iterdir()), "no temporary file is left"
     for path in paths:
         width, height = struct.unpack(">II", path.read_bytes()[16:24])  # the PNG header
@@ -213,7 +217,7 @@ def test_labels_of_crowded_points_do_not_touch(results):
     crowd = [record(f"r{n}", f"Recipe number {n}", 7, 1 + n / 200, kept=0.999 - n / 900) for n in range(12)]
     results["results"][1:] = crowd
     figure = charts.speed_vs_quality(results, crowd)
-    boxes = [charts.Text.get_window_extent(text) for text in figure.axes[0].texts]
+    boxes = [chart_parts.Text.get_window_extent(text) for text in figure.axes[0].texts]
     assert len(boxes) == 13
     assert not any(box.count_overlaps(boxes[:place]) for place, box in enumerate(boxes))
 
@@ -297,3 +301,18 @@ def test_the_command_prints_draws_rewrites_and_checks(folder, results, monkeypat
     assert "decode_speed.png" in capsys.readouterr().out
     readme.write_text(ROW.format("nothing"))
     assert report.main(["--check"]) == 2 and "row:results:nothing" in capsys.readouterr().err
+
+
+def test_axis_charts_name_the_crossover(results, tmp_path):
+    """A cache recipe that overtakes the baseline at depth 512 is drawn over depth, and the caption says where."""
+    cache = next(r for r in results["results"] if r["status"] == "ok" and r["name"] != "baseline")
+    point = {"batch_size": 1, "baseline_kv_cache_mb": 40.0, "kv_cache_mb": 11.0}
+    speeds = {256: (20.0, 19.0), 512: (18.0, 18.5)}
+    cache["steps"] = [{"technique": "kv_cache_quant", "options": {}}]
+    cache["axes"] = [
+        point | {"depth": d, "baseline_decode_tokens_per_s": b, "decode_tokens_per_s": v} for d, (b, v) in speeds.items()
+    ]
+    cache["decode_tokens_per_s"] = 1.0
+    assert {path.stem for path in charts.draw_all(results, tmp_path)} >= AXES
+    figure = axis_charts.depth_speed(results, [cache])
+    assert any("from a depth of 512 on" in " ".join(text.get_text().split()) for text in figure.texts)
