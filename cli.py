@@ -16,7 +16,7 @@ import devices
 import models
 from benchmark import Workload
 
-QUICK = {"new_tokens": 10, "repeats": 5, "quality_windows": 6}
+QUICK = {"new_tokens": 10, "repeats": 6, "quality_windows": 6}
 DEFAULTS = Workload()
 
 

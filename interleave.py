@@ -16,7 +16,7 @@ from scipy.stats import bootstrap
 
 Block = Callable[[], dict[str, float]]
 LEVEL = 0.99
-FEWEST_PAIRS = 5
+FEWEST_PAIRS = 6
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def interleave(
 
 
 def summarise(ratios: list[float]) -> Ratio:
-    """Median and bootstrap percentile interval (scipy); no interval from fewer than five ratios.
+    """Median and bootstrap percentile interval (scipy); no interval from fewer than six ratios.
 
     The nominal level is 99 %: with so few ratios, and with stopping once the interval is narrow, a nominal 95 % would
     call equal sides different one time in eight; 99 % does so one time in twenty (simulated, see the tests).
