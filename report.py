@@ -129,7 +129,9 @@ def noise_floor(consolidated):
     kinds = [("decode", ""), ("prefill", "prefill_")]
     known = [f"{name} {times(*speedup(aa, {}, kind))}" for name, kind in kinds if speedup(aa, {}, kind)[0]]
     sentence = f"Noise floor, the baseline against itself: {', '.join(known)}." if known else None
-    warning = "The baseline differs from itself: do not trust the speed differences of this run."
+    ends = [end for _, kind in kinds for end in interval(aa, f"{kind}speedup_ci") or ()]
+    floor = max((abs(end - 1) for end in ends), default=0)
+    warning = f"Untrustworthy run: the baseline differs from itself. Speed differences up to {floor:.0%} mean nothing here."
     return sentence, warning if aa.get("trustworthy") is False else None
 
 

@@ -18,7 +18,7 @@ from worker import Job, RecipeError, Steps, WorkerProcess
 BASELINE = "baseline"
 SPEED_QUANTITIES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms", "tpot_ms")
 AXIS_PAIRS = 3
-NOISE_PAIRS = 8  # judged on two quantities: with five pairs one sound run in eight would be called untrustworthy
+NOISE_PAIRS = 8  # judged on two quantities: with six pairs one sound run in sixteen would be called untrustworthy
 HEADROOM = 1.15  # a load needs this much more than its measured peak before it counts as fitting
 console = Console(stderr=True, highlight=False, soft_wrap=True)
 

@@ -82,12 +82,12 @@ def test_equal_sides_are_rarely_called_different(pairs):
         summarise(simulated_ratios(np.random.default_rng(seed), true_ratio=1.0, pairs=pairs)).verdict for seed in range(300)
     ]
     false = len(verdicts) - verdicts.count("no difference resolved")
-    assert false <= 0.07 * len(verdicts), f"{false} of {len(verdicts)}"
+    assert false <= 0.05 * len(verdicts), f"{false} of {len(verdicts)}"
 
 
 def test_stopping_early_does_not_raise_false_verdicts():
     """Looking after each pair and stopping when the interval is narrow is looking often: equal sides of the default run
-    (five pairs, 2 % precision, at most fifteen pairs) are still rarely called different."""
+    (seven pairs, 2 % precision, at most fifteen pairs) are still rarely called different."""
     false, runs = 0, 200
     for seed in range(runs):
         rng = np.random.default_rng(1000 + seed)
@@ -99,9 +99,9 @@ def test_stopping_early_does_not_raise_false_verdicts():
         clock = SimpleNamespace(monotonic=lambda stop_at=stop_at: 100.0 if next(stop_at) else 0.0)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(interleave, "time", clock)
-            comparison = interleave.interleave(side, side, pairs=5, seed=seed, precision=0.02, budget_s=50)
+            comparison = interleave.interleave(side, side, pairs=7, seed=seed, precision=0.02, budget_s=50)
         false += comparison.ratio(QUANTITY).verdict != "no difference resolved"
-    assert false <= 0.08 * runs, f"{false} of {runs}"
+    assert false <= 0.06 * runs, f"{false} of {runs}"
 
 
 def test_drift_shared_by_a_pair_cancels():
@@ -112,9 +112,9 @@ def test_drift_shared_by_a_pair_cancels():
     assert comparison.ratio(QUANTITY).verdict == "no difference resolved"
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
 def test_too_few_pairs_decide_nothing(count):
-    """Below five pairs [min, max] misses the median too often: a median, but no interval and no verdict."""
+    """Below six pairs [min, max] misses the median too often: a median, but no interval and no verdict."""
     ratio = summarise([2.0] * count)
     assert ratio.median == 2.0
     assert ratio.interval is None and ratio.verdict is None and ratio.half_width == float("inf")

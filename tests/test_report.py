@@ -141,7 +141,7 @@ def test_random_weights_and_an_untrustworthy_run_are_said_aloud(results):
     results["aa"]["trustworthy"] = False
     for text in (shown(without_quality(results)), report.markdown_table(without_quality(results))):
         assert report.RANDOM in text
-        assert "do not trust" in text
+        assert "Untrustworthy run" in text
         assert "not measured" in line_of(text, "INT8 weights")
 
 
