@@ -160,7 +160,7 @@ def target_table(consolidated):
     goals, baseline, rows = consolidated.get("targets") or {}, baseline_of(consolidated), []
     space, kept = number(goals, "memory_change"), number(goals, "perplexity_retention")
     header = [f"Decode {percent(number(goals, 'decode_speedup'))}", f"Memory {percent(space and 1 + space)}"]
-    header += [f"Retention {100 * kept:.0f} %" if kept else "Retention", "All three", "Speed ceiling"]
+    header += [f"Retention {100 * kept:.0f} %" if kept else "Retention", "All three", "By bytes alone"]
     for record in consolidated["results"]:
         if record is baseline or record.get("status") != "ok":
             continue

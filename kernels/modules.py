@@ -6,16 +6,18 @@ from collections.abc import Callable
 
 from torch import nn
 
+from devices import release_memory
 
-def replace_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module]) -> int:
+
+def replace_linears(model, make: Callable[[str, nn.Linear], nn.Module]) -> int:
     """Put `make(name, linear)` where each plain nn.Linear stands; returns how many were replaced."""
-    replaced = 0
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, make(name, module))
-            replaced += 1
-    return replaced
+    # Names, not modules: a list of modules would keep every replaced weight alive until the end.
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, make(name, model.get_submodule(name)))
+    release_memory(model.device)
+    return len(names)
 
 
 def is_tied(model) -> bool:

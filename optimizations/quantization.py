@@ -103,10 +103,7 @@ def _apply_classic(model):
         torch.backends.quantized.engine = "qnnpack" if "qnnpack" in engines else engines[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated on purpose: this is the contrast
-        for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear:
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, ClassicLinear(module))
+        replace_linears(model, lambda _, linear: ClassicLinear(linear))
     note = f"torch.ao dynamic quantisation, engine {torch.backends.quantized.engine}; embeddings stay float32"
     model.notes = [*getattr(model, "notes", []), note]
     return model
