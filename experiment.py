@@ -13,7 +13,7 @@ import models
 import records
 import report
 from bandwidth import read_bandwidth
-from session import BASELINE, Session, console
+from measurement import BASELINE, Measurement, console
 from store import ResultsFolder
 from worker import Steps
 
@@ -41,7 +41,7 @@ def run(recipes: dict[str, Steps], args, *, parser, titles: dict[str, str] | Non
     code = 0
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
-            Session(
+            Measurement(
                 args, prepared=prepared, tokenizer=tokenizer, store=store, scratch=Path(scratch), titles=titles or {},
                 repro=repro, bandwidth_gb_per_s=environment["read_bandwidth_gb_per_s"],
             ).measure_all(recipes, aa=aa)  # fmt: skip

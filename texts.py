@@ -57,11 +57,14 @@ def _read_text_file(text_file: str) -> Text:
 def _wikitext(part: str) -> Text | None:
     """wikitext-2-raw, joined as in the GPTQ and Wanda papers; None where it is neither cached nor reachable."""
     import socket
+    from urllib.parse import urlparse
+
+    from huggingface_hub import constants
 
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON")
     if not offline:
         try:
-            socket.getaddrinfo("huggingface.co", 443)
+            socket.getaddrinfo(urlparse(constants.ENDPOINT).hostname, 443)
         except OSError:
             offline = True
     if offline and not _wikitext_cached():

@@ -10,8 +10,8 @@ import pytest
 import torch
 from pipeline_model import save_tiny_model
 
+import measurement
 import models
-import session
 from benchmark import Workload
 from worker import Job, RecipeError, WorkerProcess
 
@@ -48,7 +48,7 @@ def test_a_waiting_worker_uses_no_cpu(source, tmp_path):
 
 
 def test_a_killed_worker_is_named_and_can_be_started_again(source, tmp_path):
-    side = session.Side(job(source, tmp_path))
+    side = measurement.Side(job(source, tmp_path))
     side.call("load")
     psutil.Process(side.worker.pid).kill()
     with pytest.raises(RecipeError, match="killed during block") as caught:
@@ -60,7 +60,7 @@ def test_a_killed_worker_is_named_and_can_be_started_again(source, tmp_path):
 
 def test_two_models_that_do_not_fit_are_loaded_in_turns(source, tmp_path):
     """With a rival, one side's worker is gone before the other's loads."""
-    first, second = session.Side(job(source, tmp_path)), session.Side(job(source, tmp_path))
+    first, second = measurement.Side(job(source, tmp_path)), measurement.Side(job(source, tmp_path))
     first.rival, second.rival = second, first
     first.call("block")
     second.call("block")

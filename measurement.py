@@ -49,7 +49,7 @@ class Side:
             self.worker = None
 
 
-class Session:
+class Measurement:
     """Measures recipes one after the other; every record is saved the moment it is complete."""
 
     def __init__(self, args, *, prepared: inputs.Inputs, tokenizer, store: ResultsFolder, scratch: Path, titles: dict[str, str],
