@@ -6,7 +6,7 @@ the table and the charts show what share of that the baseline reaches.
 
     python baseline.py
     python baseline.py --model smollm2-135m --prompt-tokens 256 --new-tokens 64
-    python baseline.py --model tinyllama-random --quick -o /tmp/results
+    python baseline.py --model tinyllama-random --quick -o results/tinyllama-random
 """
 
 from __future__ import annotations

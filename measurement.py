@@ -166,7 +166,8 @@ class Measurement:
         with console.status(f"{record['name']}: loading"):
             loaded = dict(side.call("load"))
         streamed_bytes = loaded.pop("streamed_bytes")
-        record.update(loaded)
+        notes = [*(record["notes"] or []), *(loaded.pop("notes") or [])]  # the first may say that loads alternate
+        record.update(loaded, notes=notes or None)
         with console.status(f"{record['name']}: memory"):
             record.update(side.call("memory"))
         with console.status(f"{record['name']}: size on disk"):
