@@ -115,6 +115,7 @@ def load_model(source: ModelSource, *, device: torch.device | str = "cpu", seed:
     model.eval().requires_grad_(False)
     end_of_sequence = model.generation_config.eos_token_id  # a list where a model has several, as Llama 3 does
     model.generation_config.pad_token_id = end_of_sequence[0] if isinstance(end_of_sequence, list) else end_of_sequence
+    model.source = source  # where a technique that calibrates finds the tokenizer
     return model.to(device)
 
 

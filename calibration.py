@@ -1,0 +1,55 @@
+"""What techniques may learn from text: token windows of the calibration part, and the second moments of layer inputs.
+
+The calibration text never overlaps the evaluation text (texts.py). Random weights have no words: their windows are
+seeded random ids, so that every technique still runs for its speed and size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+import models
+import texts
+
+
+def calibration_ids(model, *, tokens: int, window: int = 512) -> torch.Tensor:
+    """At least one window of calibration text in the model's own tokens: int64 [tokens // window, window], on its device.
+
+    Windows are spread evenly over the text. Raises ValueError where the text is shorter than one window.
+    """
+    count = max(1, tokens // window)
+    tokenizer = models.load_tokenizer(model.source)
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(model.config.vocab_size, (count, window), generator=generator).to(model.device)
+    ids = torch.tensor(tokenizer(texts.load_text("calibration").content, verbose=False).input_ids)
+    available = len(ids) // window
+    if available == 0:
+        raise ValueError(f"the calibration text has {len(ids)} tokens: fewer than one window of {window}")
+    chosen = torch.linspace(0, available - 1, min(count, available)).round().long()
+    return ids[: available * window].view(available, window)[chosen].to(model.device)
+
+
+@torch.inference_mode()
+def second_moments(run: Callable[[], None], layers: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
+    """Mean of x x^T over all tokens that reach each of `layers` while `run()` runs: float32 [K, K] each, in order."""
+    layers = list(layers)
+    sums, counts = [0.0] * len(layers), [0] * len(layers)
+
+    def watch(index: int):
+        def hook(_module, inputs):
+            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
+            sums[index] = sums[index] + x.T @ x
+            counts[index] += x.shape[0]
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(watch(index)) for index, layer in enumerate(layers)]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [total / count for total, count in zip(sums, counts, strict=True)]
