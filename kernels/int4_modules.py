@@ -1,0 +1,44 @@
+"""Modules with int4 weights: a linear layer, and the embedding table that shares its weights where the two are tied."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from kernels.int4 import dequantize_int4, int4_linear, pack_nibbles, quantize_int4, unpack_nibbles
+
+
+class Int4Linear(nn.Module):
+    """y = x W^T + b with W in int4 and x quantised to int8 per token and group on the fly; returns the dtype of x.
+
+    `weight` holds two codes to a byte: uint8 [N, ceil(K / 2)], the first in the low half. `scale` and `minimum` are
+    bfloat16 [N, G]. Without `codes` (uint8 [N, K]), `scale` and `minimum` the weights of `source` are rounded to nearest.
+    """
+
+    def __init__(
+        self, source: nn.Linear, *, group_size: int, codes: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None, minimum: torch.Tensor | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.in_features, self.out_features, self.group_size = source.in_features, source.out_features, group_size
+        if codes is None:
+            codes, scale, minimum = quantize_int4(source.weight.data, group_size)
+        self.register_buffer("weight", pack_nibbles(codes))
+        self.register_buffer("scale", scale)
+        self.register_buffer("minimum", minimum)
+        self.bias = None if source.bias is None else nn.Parameter(source.bias.data.float(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return int4_linear(x, self.weight, self.scale, self.minimum, self.group_size, self.bias).to(x.dtype)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Dequantised rows of W for `ids` [...]: float32 [..., K]."""
+        codes = unpack_nibbles(self.weight[ids], self.in_features)
+        return dequantize_int4(codes, self.scale[ids], self.minimum[ids], self.group_size)
+
+    @property
+    def logical_parameters(self) -> int:
+        return self.in_features * self.out_features + (0 if self.bias is None else self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, group={self.group_size}"
