@@ -231,7 +231,7 @@ def stored_tensors(module) -> dict[str, torch.Tensor]:
             named += [(f"{name}.{key}", tensor) for key, tensor in part.packed_tensors().items()]
     unique: dict[int, tuple[str, torch.Tensor]] = {}
     for name, tensor in named:
-        unique.setdefault(tensor.untyped_storage().data_ptr(), (name, tensor))
+        unique.setdefault(tensor.data_ptr(), (name, tensor))  # parts of one fused weight begin at different places
     return dict(unique.values())
 
 

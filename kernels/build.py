@@ -16,8 +16,10 @@ from pathlib import Path
 
 import torch
 
+from kernels.packing import pack_nibble_panels, pack_panels, pack_scales
+
 HERE = Path(__file__).parent
-SOURCE, HEADERS = HERE / "linear.cpp", (HERE / "tiles.h",)
+SOURCES, HEADERS = [HERE / "linear.cpp", HERE / "step.cpp"], sorted(HERE.glob("*.h"))
 COMPILE_TIMEOUT_S = 600
 
 
@@ -34,7 +36,7 @@ def load_kernels() -> str | None:
 
 
 def cpu_variant() -> str:
-    """Returns which inner loops the kernels use on this CPU: "avx2" or "portable".
+    """Returns which inner loops the kernels use on this CPU: "amx", "avx512_vnni", "avx2" or "portable".
 
     Raises:
         RuntimeError: the kernels are not available.
@@ -78,7 +80,7 @@ def _flags() -> list[str]:
 def _library_path() -> Path:
     """Returns where the library for these sources, this torch, compiler and kind of machine is or will be."""
     key = hashlib.sha256()
-    for path in (SOURCE, *HEADERS):
+    for path in (*SOURCES, *HEADERS):
         key.update(path.read_bytes())
     key.update(repr((torch.__version__, _compiler(), _flags(), platform.machine(), sys.platform)).encode())
     from torch.utils import cpp_extension  # slow to import, and not needed when the kernels are switched off
@@ -91,10 +93,10 @@ def _compile(library: Path) -> None:
     from torch.utils import cpp_extension
 
     library.parent.mkdir(parents=True, exist_ok=True)
-    print("compiling kernels/linear.cpp (once, about 15 s) ...", file=sys.stderr, flush=True)
+    print("compiling kernels/*.cpp (once, about half a minute) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="tinyopt_build_") as folder:
         built = Path(folder) / library.name
-        command = [_compiler(), *_flags(), str(SOURCE), "-o", str(built)]
+        command = [_compiler(), *_flags(), *map(str, SOURCES), "-o", str(built)]
         command += [f"-I{path}" for path in cpp_extension.include_paths()]
         command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
@@ -107,38 +109,48 @@ def _compile(library: Path) -> None:
 def _register_fakes() -> None:
     """Tells torch.compile the shapes of the results, so that it traces through the operators."""
 
-    @torch.library.register_fake("tinyopt::pack_int8")
-    def _(w):
-        return w.new_empty((-(-w.shape[0] // 8), -(-w.shape[1] // 4), 8, 4))
-
-    @torch.library.register_fake("tinyopt::unpack_int8")
-    def _(packed, N, K):
-        return packed.new_empty((N, K))
-
     @torch.library.register_fake("tinyopt::int8_linear")
-    def _(x, packed, w_scale, group_size, bias=None):
-        return x.new_empty((x.shape[0], w_scale.shape[0]), dtype=torch.float32)
+    def _(x, packed, scale, N, group_size, bias=None):
+        return x.new_empty((x.shape[0], N), dtype=torch.float32)
 
     @torch.library.register_fake("tinyopt::int8_weight_only_linear")
-    def _(x, packed, w_scale, group_size, bias=None):
-        return x.new_empty((x.shape[0], w_scale.shape[0]), dtype=torch.float32)
+    def _(x, packed, scale, N, group_size, bias=None):
+        return x.new_empty((x.shape[0], N), dtype=torch.float32)
+
+    @torch.library.register_fake("tinyopt::int4_linear")
+    def _(x, packed, scale, minimum, N, group_size, bias=None):
+        return x.new_empty((x.shape[0], N), dtype=torch.float32)
 
     @torch.library.register_fake("tinyopt::bf16_linear")
-    def _(x, w, bias=None):
-        return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32)
+    def _(x, packed, N, bias=None):
+        return x.new_empty((x.shape[0], N), dtype=torch.float32)
 
 
 def _self_check() -> str | None:
-    """Multiplies the largest int8 values, where inexact 8-bit instructions saturate, and compares with integers."""
+    """Multiplies the largest int8 values, where inexact 8-bit instructions saturate, and compares with integers.
+
+    Few rows and many, because they take different instructions.
+    """
     k = 256
     signs = torch.arange(24).remainder(2).mul(2).sub(1)
     weight = (127 * signs)[:, None].expand(24, k).to(torch.int8)
-    x = torch.tensor([127.0, -127.0])[:, None].repeat(1, k)
-    expected = (x[:, :1] * (127 * k * signs)).float()
-    packed, scale = torch.ops.tinyopt.pack_int8(weight), torch.ones(24, 1)
-    for op in (torch.ops.tinyopt.int8_linear, torch.ops.tinyopt.int8_weight_only_linear):
-        if not torch.equal(op(x, packed, scale, k), expected):
-            return f"C++ kernels are wrong on this CPU: {op} differs from integer arithmetic"
-    if not torch.equal(torch.ops.tinyopt.bf16_linear(x, weight.bfloat16()), expected):
-        return "C++ kernels are wrong on this CPU: bf16_linear differs from exact arithmetic"
+    packed, half = pack_panels(weight), pack_panels(weight.bfloat16())
+    codes, scale = (
+        pack_nibble_panels(((signs + 1) * 15 // 2)[:, None].expand(24, k).byte()),
+        pack_scales(torch.ones(24, 1).bfloat16()),
+    )
+    ops = torch.ops.tinyopt
+    for rows in (1, 40):
+        x = torch.tensor([127.0, -127.0]).repeat(rows)[:rows, None].expand(rows, k)
+        expected = (x[:, :1] * (127 * k * signs)).float()
+        int4 = x[:, :1] * k * (signs + 1) * 15 / 2
+        products = {
+            "int8_linear": (ops.int8_linear(x, packed, scale, 24, k), expected),
+            "int8_weight_only_linear": (ops.int8_weight_only_linear(x, packed, scale, 24, k), expected),
+            "int4_linear": (ops.int4_linear(x, codes, scale, torch.zeros_like(scale), 24, k), int4),
+            "bf16_linear": (ops.bf16_linear(x, half, 24), expected),
+        }
+        for name, (got, wanted) in products.items():
+            if not torch.equal(got, wanted):
+                return f"C++ kernels are wrong on this CPU: {name} of {rows} rows differs from exact arithmetic"
     return None

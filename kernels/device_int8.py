@@ -15,23 +15,23 @@ LEAST_ROWS = 17  # _int_mm on CUDA refuses 16 rows or fewer: a decode step is pa
 MULTIPLE = 8  # ... and inner and outer sizes that are no multiple of 8
 
 
-def dynamic_product(q: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
-    """q int8 [M, K], x_scale [M, 1], weight int8 [N, K], w_scale [N, 1] -> float32 [M, N], exact in its integers."""
+def dynamic_product(q: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """q int8 [M, K], x_scale [M, 1], weight int8 [N, K], scale [N, 1] -> float32 [M, N], exact in its integers."""
     rows = q.shape[0]
     padded = F.pad(q, (0, 0, 0, max(0, LEAST_ROWS - rows)))
-    return torch._int_mm(padded, weight.t())[:rows].float() * x_scale * w_scale.t()
+    return torch._int_mm(padded, weight.t())[:rows].float() * x_scale * scale.t()
 
 
-def weight_only_product(x: torch.Tensor, weight: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
-    """x [M, K] in half precision, weight int8 [N, K], w_scale float32 [N, 1] -> float32 [M, N]."""
+def weight_only_product(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x [M, K] in half precision, weight int8 [N, K], scale [N, 1] -> float32 [M, N]."""
     half = torch.bfloat16 if x.device.type == "cuda" else torch.float16
-    return torch._weight_int8pack_mm(x.to(half), weight, w_scale[:, 0].to(half)).float()
+    return torch._weight_int8pack_mm(x.to(half), weight, scale[:, 0].to(half)).float()
 
 
-def serves(kind: str, weight: torch.Tensor, w_scale: torch.Tensor) -> bool:
+def serves(kind: str, weight: torch.Tensor, scale: torch.Tensor) -> bool:
     """Whether the product of this `kind` (dynamic or weight-only) runs, and is right, for this weight on its device."""
     even = weight.shape[0] % MULTIPLE == 0 and weight.shape[1] % MULTIPLE == 0
-    return w_scale.shape[1] == 1 and even and _is_right(kind, weight.device.type)
+    return weight.dim() == 2 and scale.shape[1] == 1 and even and _is_right(kind, weight.device.type)
 
 
 @cache

@@ -1,7 +1,7 @@
 """Layers for mixed precision: half-precision weights, float32 where sums are taken, casts where the two meet.
 
-`HalfLinear` multiplies in half where the device can. A CPU without bf16 arithmetic keeps the activations in float32 and
-expands the weights as it reads them: half the bytes per decoded token, the same arithmetic as float32.
+On CUDA and MPS `HalfLinear` multiplies in half and hands half on. On a CPU its weights are packed for the kernels, and the
+activations between layers stay float32: half the bytes per decoded token, and matrix units for prefill where there are any.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.int8 import bf16_linear
+from kernels.int8 import bf16_linear, kernels_run
+from kernels.packing import pack_panels, panel_rows
 
 
 class HalfLinear(nn.Module):
-    """A linear layer with its weight in `dtype`. Returns `dtype` if `native`, else float32. Weight [N, K], bias [N]."""
+    """A linear layer with its weight [N, K] in `dtype`, packed where the CPU kernels run. Returns `dtype` if `native`,
+    else float32."""
 
-    def __init__(self, source: nn.Linear, *, dtype: torch.dtype, native: bool, weight: nn.Parameter | None = None):
+    def __init__(self, source: nn.Linear, *, dtype: torch.dtype, native: bool):
         super().__init__()
         self.in_features, self.out_features, self.native = source.in_features, source.out_features, native
-        self.weight = weight if weight is not None else _half(source.weight, dtype)
+        weight = source.weight.data.to(dtype)
+        if not native and dtype == torch.bfloat16 and kernels_run(weight):
+            weight = pack_panels(weight)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = (
             None if source.bias is None else nn.Parameter(source.bias.data.to(dtype if native else torch.float32), False)
         )
@@ -27,21 +32,32 @@ class HalfLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.native:
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-        return bf16_linear(x, self.weight, self.bias)
+        return bf16_linear(x, self.weight, self.out_features, self.bias)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows of W for `ids` [...]: float32 [..., K]."""
+        packed = self.weight.dim() == 4
+        return (panel_rows(self.weight, ids, self.in_features) if packed else self.weight[ids]).float()
+
+    @property
+    def logical_parameters(self) -> int:
+        return self.in_features * self.out_features + (0 if self.bias is None else self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}, native={self.native}"
 
 
 class HalfTable(nn.Module):
-    """An embedding table in half precision that looks up float32 rows: for tables that lm_head shares."""
+    """The embedding table of a tied model: looks up float32 rows in the weight of lm_head."""
 
-    def __init__(self, weight: nn.Parameter):
+    logical_parameters = 0  # lm_head's
+
+    def __init__(self, shared: HalfLinear):
         super().__init__()
-        self.weight = weight
+        self.shared = shared
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return F.embedding(ids, self.weight).float()
+        return self.shared.rows(ids)
 
 
 class CastAfter(nn.Module):
@@ -57,7 +73,3 @@ class CastAfter(nn.Module):
     def forward(self, *args, **kwargs):
         result = self.inner(*args, **kwargs)
         return tuple(part.to(self.dtype) for part in result) if isinstance(result, tuple) else result.to(self.dtype)
-
-
-def _half(weight: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(weight.data.to(dtype), requires_grad=False)

@@ -9,7 +9,8 @@ minimum have been rounded to bfloat16, so that nothing is lost between choosing 
 import torch
 import torch.nn.functional as F
 
-from kernels.int8 import quantize_groups
+from kernels.int8 import few_rows, kernels_run, quantize_groups, shaped_like
+from kernels.packing import pack_nibble_panels, pack_scales, unpack_nibble_panels, unpack_scales
 
 LEVELS = 15
 # Shares of a group's range that the search tries: cutting off the extremes makes the steps between all others finer.
@@ -106,17 +107,36 @@ def unpack_nibbles(packed: torch.Tensor, k: int) -> torch.Tensor:
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)[..., :k]
 
 
+def pack(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Codes [N, K] two to a byte: in panels for the C++ kernels (kernels/packing.py), in rows where there are none."""
+    if not kernels_run(codes):
+        return pack_nibbles(codes), scale, minimum
+    return pack_nibble_panels(codes), pack_scales(scale), pack_scales(minimum)
+
+
+def unpack(
+    packed: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, n: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Undoes pack: codes uint8 [n, k], scale and minimum [n, G]."""
+    if packed.dim() == 2:
+        return unpack_nibbles(packed, k), scale, minimum
+    return unpack_nibble_panels(packed, n, k), unpack_scales(scale, n), unpack_scales(minimum, n)
+
+
 def int4_linear(
     x: torch.Tensor,
     packed: torch.Tensor,
     scale: torch.Tensor,
     minimum: torch.Tensor,
+    n: int,
     group_size: int,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multiplies x [..., K], quantised to int8 on the fly, with packed int4 weights. Otherwise like int4_linear_reference."""
-    codes = unpack_nibbles(packed, x.shape[-1])
-    return int4_linear_reference(x, codes, scale, minimum, group_size, bias)
+    """Multiplies x [..., K], quantised to int8 on the fly, with what `pack` made of int4 weights: float32 [..., n]."""
+    rows = x.reshape(-1, x.shape[-1])
+    if packed.dim() == 4 and kernels_run(x) and few_rows(rows, None):
+        return shaped_like(x, torch.ops.tinyopt.int4_linear(rows, packed, scale, minimum, n, group_size, bias))
+    return int4_linear_reference(x, *unpack(packed, scale, minimum, n, x.shape[-1]), group_size, bias)
 
 
 def _grouped(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:

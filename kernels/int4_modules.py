@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kernels.int4 import dequantize_int4, int4_linear, pack_nibbles, quantize_int4, unpack_nibbles
+from kernels.int4 import dequantize_int4, int4_linear, pack, quantize_int4, unpack_nibbles
+from kernels.packing import CHANNELS, scale_rows
 
 
 class Int4Linear(nn.Module):
     """y = x W^T + b with W in int4 and x quantised to int8 per token and group on the fly; returns the dtype of x.
 
-    `weight` holds two codes to a byte: uint8 [N, ceil(K / 2)], the first in the low half. `scale` and `minimum` are
-    bfloat16 [N, G]. Without `codes` (uint8 [N, K]), `scale` and `minimum` the weights of `source` are rounded to nearest.
+    `weight` holds two codes to a byte: uint8 [N, ceil(K / 2)], the first in the low half, with bfloat16 `scale` and
+    `minimum` [N, G]; all three are packed in panels (kernels/packing.py) where the CPU kernels run. Without `codes` (uint8 [N, K]), `scale` and `minimum` the weights of `source` are rounded to nearest.
     """
 
     def __init__(
@@ -23,18 +24,24 @@ class Int4Linear(nn.Module):
         self.in_features, self.out_features, self.group_size = source.in_features, source.out_features, group_size
         if codes is None:
             codes, scale, minimum = quantize_int4(source.weight.data, group_size)
-        self.register_buffer("weight", pack_nibbles(codes))
+        weight, scale, minimum = pack(codes, scale, minimum)
+        self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("minimum", minimum)
         self.bias = None if source.bias is None else nn.Parameter(source.bias.data.float(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return int4_linear(x, self.weight, self.scale, self.minimum, self.group_size, self.bias).to(x.dtype)
+        return int4_linear(x, self.weight, self.scale, self.minimum, self.out_features, self.group_size, self.bias).to(x.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Dequantised rows of W for `ids` [...]: float32 [..., K]."""
-        codes = unpack_nibbles(self.weight[ids], self.in_features)
-        return dequantize_int4(codes, self.scale[ids], self.minimum[ids], self.group_size)
+        if self.weight.dim() == 2:
+            codes, scale, minimum = unpack_nibbles(self.weight[ids], self.in_features), self.scale[ids], self.minimum[ids]
+        else:
+            lines = self.weight[ids // CHANNELS, :, ids % CHANNELS]
+            codes = torch.cat((lines & 15, lines >> 4), dim=-1).flatten(-2)[..., : self.in_features]
+            scale, minimum = scale_rows(self.scale, ids), scale_rows(self.minimum, ids)
+        return dequantize_int4(codes, scale, minimum, self.group_size)
 
     @property
     def logical_parameters(self) -> int:

@@ -8,13 +8,13 @@ from torch import nn
 from kernels.build import cpu_variant, load_kernels
 from kernels.device_int8 import serves
 from kernels.int8 import dequantize_groups, int8_linear, int8_weight_only_linear, pack, quantize_groups
+from kernels.packing import panel_rows, scale_rows
 
 
 class Int8Linear(nn.Module):
-    """y = x W^T + b with W in int8, one float32 scale per output channel and group of inputs.
+    """y = x W^T + b with W in int8, one bfloat16 scale per output channel and group of inputs.
 
-    `weight` is int8 [N, K], or the CPU kernel's packed layout [ceil(N/8), ceil(K/4), 8, 4] where that kernel runs;
-    `scale` float32 [N, G]. With `int8_activations` x is quantised per token and group on the fly.
+    `weight` is int8 [N, K] and `scale` [N, G], or both are packed (kernels/packing.py) where the CPU kernels run. With `int8_activations` x is quantised per token and group on the fly.
     """
 
     def __init__(self, source: nn.Linear, *, group_size: int | None, int8_activations: bool, per_tensor: bool = False):
@@ -24,25 +24,26 @@ class Int8Linear(nn.Module):
         self.int8_activations = int8_activations
         weight = source.weight.data
         if per_tensor:
-            scale = (weight.abs().max().float() / 127).expand(self.out_features, 1).contiguous()
-            weight = (weight.float() / scale).round().clamp(-127, 127).to(torch.int8)
+            scale = (weight.abs().max().float() / 127).bfloat16().expand(self.out_features, 1).contiguous()
+            weight = (weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8)
         else:
-            weight, scale = quantize_groups(weight, self.group_size)
-        self.register_buffer("weight", pack(weight))
+            weight, scale = quantize_groups(weight, self.group_size, torch.bfloat16)
+        weight, scale = pack(weight, scale)
+        self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.bias = None if source.bias is None else nn.Parameter(source.bias.data.float(), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         multiply = int8_linear if self.int8_activations else int8_weight_only_linear
-        return multiply(x, self.weight, self.scale, self.group_size, self.bias).to(x.dtype)
+        return multiply(x, self.weight, self.scale, self.out_features, self.group_size, self.bias).to(x.dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """Dequantised rows of W for `ids` [...]: float32 [..., K]."""
         if self.weight.dim() == 4:
-            quantized = self.weight[ids // 8, :, ids % 8].flatten(-2)[..., : self.in_features]
+            quantized, scale = panel_rows(self.weight, ids, self.in_features), scale_rows(self.scale, ids)
         else:
-            quantized = self.weight[ids]
-        return dequantize_groups(quantized, self.scale[ids], self.group_size)
+            quantized, scale = self.weight[ids], self.scale[ids]
+        return dequantize_groups(quantized, scale, self.group_size)
 
     @property
     def logical_parameters(self) -> int:
@@ -61,7 +62,7 @@ class Int8Table(nn.Module):
         self.group_size = group_size or source.embedding_dim
         self.logical_parameters = 0 if shared is not None else source.weight.numel()
         if shared is None:
-            weight, scale = quantize_groups(source.weight.data, self.group_size)
+            weight, scale = quantize_groups(source.weight.data, self.group_size, torch.bfloat16)
             self.register_buffer("weight", weight)
             self.register_buffer("scale", scale)
 

@@ -1,8 +1,8 @@
-// Linear layers that read few bytes: int8 weights with int8 or float activations, and bfloat16 weights.
+// Linear layers that read few bytes: int8 and int4 weights with int8 activations, int8 and bfloat16 with float ones.
 //
 // A decode step multiplies one row with every weight, so its time is the time to read the weights. A prefill
-// multiplies hundreds of rows, so its time is arithmetic. One walk serves both: a panel of 16 output channels is read
-// from memory once, and up to 4 rows at a time pass over it while it lies in the cache. tiles.h holds the inner loops.
+// multiplies hundreds of rows, so its time is arithmetic. Both walk over panels of 16 output channels (tiles.h): few rows
+// pass over a panel while it lies in the cache, many go through the matrix units where the CPU has them (amx.h).
 #include <ATen/Parallel.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
@@ -13,10 +13,11 @@
 #include <limits>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "amx.h"
 #include "tiles.h"
+#include "tiles_avx512.h"
 
 namespace {
 
@@ -24,116 +25,254 @@ using at::Tensor;
 using std::optional;
 
 constexpr int64_t kMaxGroup = 131072;  // 127 * 127 * kMaxGroup still fits int32
+constexpr int64_t kFewRows = 16;       // more go through the matrix units
 
+// ---- activations in int8 ----
+
+// Symmetric int8 of one row: per group of inputs a scale and the sum of the integers. A group that holds NaN or Inf gets
+// scale NaN, so that its row's outputs become NaN instead of plausible numbers. Q int8: in order; int16: even inputs first.
+template <class Q>
+INLINE_BODY void quantize(const float* x, int64_t k, int64_t group, void* q_row, float* scales,
+                                                    float* sums) {
+  for (int64_t g = 0; g * group < k; ++g) {
+    const float* from = x + g * group;
+    Q* to = static_cast<Q*>(q_row) + g * group;
+    const int64_t size = std::min(group, k - g * group);
+    int32_t largest = 0;  // bit patterns of |x| order like the values, and NaN above Inf above all numbers
+    for (int64_t i = 0; i < size; ++i) {
+      int32_t bits;
+      std::memcpy(&bits, from + i, 4);
+      largest = std::max(largest, bits & 0x7fffffff);
+    }
+    float scale;
+    std::memcpy(&scale, &largest, 4);
+    scale = std::isfinite(scale) ? scale / 127.f : std::numeric_limits<float>::quiet_NaN();
+    scales[g] = scale;
+    int32_t sum = 0;
+    if (scale > 0.f) {
+      for (int64_t i = 0; i < size; ++i) {
+        // Adding 1.5 * 2^23 rounds half to even in every variant. The bound matters for denormal scales only.
+        const float rounded = (from[i] / scale + 12582912.f) - 12582912.f;
+        const auto value = static_cast<int32_t>(std::min(std::max(rounded, -127.f), 127.f));
+        to[sizeof(Q) == 1 ? i : i / 4 * 4 + kEvenFirst[i % 4]] = static_cast<Q>(value);
+        sum += value;
+      }
+    }
+    sums[g] = static_cast<float>(sum);
+  }
+}
+
+using QuantizeFn = void (*)(const float*, int64_t, int64_t, void*, float*, float*);
+void quantize_portable(const float* x, int64_t k, int64_t group, void* q, float* scales, float* sums) {
+  quantize<int16_t>(x, k, group, q, scales, sums);
+}
+#if defined(__x86_64__)
+TARGET_AVX2 void quantize_avx2(const float* x, int64_t k, int64_t group, void* q, float* scales, float* sums) {
+  quantize<int16_t>(x, k, group, q, scales, sums);
+}
+TARGET_AVX512 void quantize_avx512(const float* x, int64_t k, int64_t group, void* q, float* scales, float* sums) {
+  quantize<int8_t>(x, k, group, q, scales, sums);
+}
+#endif
+
+// ---- choice of the variant ----
+
+struct Variant {
+  const char* name;
+  Isa isa;
+  bool (*supported)();
+  bool matrix_units;
+  int rows;                   // at most, in one call of an inner loop
+  at::ScalarType int8_rows;   // what int8 activations are kept as
+  QuantizeFn quantize;
+  TileFn int8[kMaxRows], int4[kMaxRows], weight_only[kMaxRows], bf16[kMaxRows];  // indexed by rows - 1
+};
+#define UP_TO_4(f) {f<1>, f<2>, f<3>, f<4>}
+#define UP_TO_8(f) {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>, f<7>, f<8>}
+
+// Best first. AVX2 has registers for the sums of 4 rows x 2 vectors, AVX512 for 8 rows.
+const Variant kVariants[] = {
+#if defined(HAVE_AMX)
+    {"amx", Isa::kAvx512, has_amx, true, 8, at::kChar, quantize_avx512,
+     UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
+#endif
+#if defined(__x86_64__)
+    {"avx512_vnni", Isa::kAvx512, has_avx512, false, 8, at::kChar, quantize_avx512,
+     UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
+    {"avx2", Isa::kAvx2, [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; }, false, 4, at::kShort,
+     quantize_avx2, UP_TO_4(int8_avx2), UP_TO_4(int4_avx2), UP_TO_4(weight_only_avx2), UP_TO_4(bf16_avx2)},
+#endif
+    {"portable", Isa::kPortable, [] { return true; }, false, 4, at::kShort, quantize_portable,
+     UP_TO_4(int8_portable), UP_TO_4(int4_portable), UP_TO_4(weight_only_portable), UP_TO_4(bf16_portable)},
+};
 const Variant* active = nullptr;
 
 // Makes the named variant the active one, or with "" the best that this CPU runs. Returns its name.
 std::string select_variant(const std::string& name) {
   for (const Variant& v : kVariants) {
-    if (!v.supported() || (!name.empty() && name != v.name)) continue;
+    if ((!name.empty() && name != v.name) || !v.supported()) continue;
     active = &v;
     return v.name;
   }
   TORCH_CHECK(false, "this CPU cannot run a variant named '", name, "'");
 }
 
-// ---- preparation of the rows, and the walk over panels ----
+// ---- one multiplication ----
 
-// Within each block of inputs, the even ones come first: the order in which the inner loops meet them.
-int64_t place(int64_t k, int64_t block) { return k - k % block + k % 2 * (block / 2) + k % block / 2; }
+struct Weight {
+  const char* data;
+  int64_t panel_bytes, n, k, group;
+  const at::BFloat16 *scale, *minimum;  // [panels, groups, kChannels] or null
+  int64_t panels() const { return ceil_div(n, kChannels); }
+  int64_t groups() const { return ceil_div(k, group); }
+};
 
-// Rows of `block`-padded elements. The extra 64 bytes keep rows of 2^n inputs off the same cache sets.
-Tensor padded_rows(int64_t rows, int64_t k, int64_t block, at::ScalarType dtype) {
-  return at::zeros({rows, ceil_div(k, block) * block + 64 / static_cast<int64_t>(c10::elementSize(dtype))}, dtype);
+struct Rows {
+  Tensor x, scale, sum;  // float32 rows, or int8 ones with a scale and a sum per group; for many rows int8 or bf16 tiles
+  int64_t m;
+  int64_t row_bytes() const { return x.size(1) * static_cast<int64_t>(x.element_size()); }
+};
+
+// The scales of one panel in float32: [groups, kChannels].
+void widen(const at::BFloat16* from, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
 }
 
-Tensor arrange_rows(const Tensor& x, int64_t block) {
-  const int64_t k = x.size(1);
-  Tensor out = padded_rows(x.size(0), k, block, at::kFloat);
-  at::parallel_for(0, x.size(0), ceil_div(32768, k), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      const float* from = x.const_data_ptr<float>() + m * k;
-      float* to = out.mutable_data_ptr<float>() + m * out.size(1);
-      for (int64_t i = 0; i < k; ++i) to[place(i, block)] = from[i];
-    }
-  });
-  return out;
+void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t channels, const float* bias, float* y,
+                int64_t n) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < channels; ++c) y[r * n + c] = from[r * from_stride + c] + (bias ? bias[c] : 0.f);
 }
 
-// Symmetric int8 per row and group, kept as int16. A group that holds NaN or Inf gets scale NaN, so that its row's
-// outputs become NaN instead of plausible numbers.
-std::pair<Tensor, Tensor> quantize_rows(const Tensor& x, int64_t group) {
-  const int64_t k = x.size(1), groups = ceil_div(k, group);
-  Tensor q = padded_rows(x.size(0), k, 4, at::kShort);
-  Tensor scales = at::empty({x.size(0), groups}, at::kFloat);
-  at::parallel_for(0, x.size(0), ceil_div(32768, k), [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      int16_t* to = q.mutable_data_ptr<int16_t>() + m * q.size(1);
-      for (int64_t g = 0; g < groups; ++g) {
-        const float* from = x.const_data_ptr<float>() + m * k;
-        const int64_t first = g * group, last = std::min(first + group, k);
-        int32_t largest = 0;  // bit patterns of |x| order like the values, and NaN above Inf above all numbers
-        for (int64_t i = first; i < last; ++i) {
-          int32_t bits;
-          std::memcpy(&bits, from + i, 4);
-          largest = std::max(largest, bits & 0x7fffffff);
-        }
-        float scale;
-        std::memcpy(&scale, &largest, 4);
-        scale = std::isfinite(scale) ? scale / 127.f : std::numeric_limits<float>::quiet_NaN();
-        scales.mutable_data_ptr<float>()[m * groups + g] = scale;
-        if (!(scale > 0.f)) continue;
-        for (int64_t i = first; i < last; ++i) {
-          // Adding 1.5 * 2^23 rounds half to even in every variant. The bound matters for denormal scales only.
-          const float rounded = (from[i] / scale + 12582912.f) - 12582912.f;
-          to[place(i, 4)] = static_cast<int16_t>(std::clamp(rounded, -127.f, 127.f));
-        }
-      }
-    }
-  });
-  return {q, scales};
-}
-
-// Runs `tiles` over all panels, in torch's own threads. `common` holds what all calls share; `enter_panel` sets the
-// weights for the panel that starts at a channel.
-template <class EnterPanel>
-Tensor multiply(const TileFn* tiles, const Tile& common, int64_t row_bytes, int64_t m, int64_t n,
-                const optional<Tensor>& bias, EnterPanel enter_panel) {
-  Tensor out = at::empty({m, n}, at::kFloat);
+// Few rows: `tiles` over all panels, in torch's own threads.
+Tensor multiply_few(const TileFn* tiles, const Rows& rows, const Weight& w, const optional<Tensor>& bias) {
+  Tensor out = at::empty({rows.m, w.n}, at::kFloat);
   float* y = out.mutable_data_ptr<float>();
   const float* b = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
-  const int64_t groups = ceil_div(common.k, common.group);
-  const int64_t grain = ceil_div(1 << 18, m * common.k * kChannels + 1);
-  at::parallel_for(0, ceil_div(n, kChannels), grain, [&](int64_t begin, int64_t end) {
-    Tile t = common;
-    std::vector<float> w_scale(groups * kChannels, 0.f);
-    float result[kRows * kChannels];
+  const int64_t groups = w.groups(), grain = ceil_div(1 << 18, rows.m * w.k * kChannels + 1);
+  at::parallel_for(0, w.panels(), grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> scales(2 * groups * kChannels);
+    float result[kMaxRows * kChannels];
+    Tile t{};
+    t.x_stride = rows.x.size(1);
+    t.k = w.k;
+    t.group = w.group;
+    t.w_scale = scales.data();
+    t.w_min = scales.data() + groups * kChannels;
     t.out = result;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panel * kChannels;
-      t.channels = static_cast<int>(std::min<int64_t>(kChannels, n - first));
-      enter_panel(t, first, w_scale.data());
-      t.w_scale = w_scale.data();
-      for (int64_t row = 0; row < m; row += kRows) {
-        const int rows = static_cast<int>(std::min<int64_t>(kRows, m - row));
-        t.x = static_cast<const char*>(common.x) + row * row_bytes;
-        t.x_scale = common.x_scale ? common.x_scale + row * groups : nullptr;
-        tiles[rows - 1](t);
-        for (int r = 0; r < rows; ++r)
-          for (int c = 0; c < t.channels; ++c)
-            y[(row + r) * n + first + c] = result[r * kChannels + c] + (b ? b[first + c] : 0.f);
+      t.w = w.data + panel * w.panel_bytes;
+      if (w.scale) widen(w.scale + first * groups, groups * kChannels, scales.data());
+      if (w.minimum) widen(w.minimum + first * groups, groups * kChannels, scales.data() + groups * kChannels);
+      for (int64_t row = 0; row < rows.m; row += active->rows) {
+        const int64_t count = std::min<int64_t>(active->rows, rows.m - row);
+        t.x = static_cast<const char*>(rows.x.const_data_ptr()) + row * rows.row_bytes();
+        if (rows.scale.defined()) {
+          t.x_scale = rows.scale.const_data_ptr<float>() + row * groups;
+          t.x_sum = rows.sum.const_data_ptr<float>() + row * groups;
+        }
+        tiles[count - 1](t);
+        write_rows(result, kChannels, count, std::min<int64_t>(kChannels, w.n - first), b ? b + first : nullptr,
+                   y + row * w.n + first, w.n);
       }
     }
   });
   return out;
 }
 
-// ---- operators ----
+#if defined(HAVE_AMX)
+// 32 rows of tiles for every 32 rows or part of them.
+Rows tiled_rows(const Tensor& x, int64_t group, at::ScalarType dtype) {
+  const int64_t m = x.size(0), k = x.size(1), padded = ceil_div(m, kBlockRows) * kBlockRows, groups = ceil_div(k, group);
+  const int64_t a_tile = 64 / static_cast<int64_t>(c10::elementSize(dtype)), steps = ceil_div(k, a_tile);
+  Rows rows{at::zeros({padded, steps * a_tile}, dtype), {}, {}, m};
+  float *scales = nullptr, *sums = nullptr;
+  if (dtype == at::kChar) {
+    rows.scale = at::zeros({padded, groups}, at::kFloat);
+    rows.sum = at::zeros({padded, groups}, at::kFloat);
+    scales = rows.scale.mutable_data_ptr<float>();
+    sums = rows.sum.mutable_data_ptr<float>();
+  }
+  const float* from = x.const_data_ptr<float>();
+  char* to = static_cast<char*>(rows.x.mutable_data_ptr());
+  at::parallel_for(0, m, ceil_div(32768, k), [&](int64_t begin, int64_t end) {
+    std::vector<char> row(steps * 64);
+    for (int64_t r = begin; r < end; ++r) {
+      if (scales) {
+        std::fill(row.begin(), row.end(), 0);  // a group of zeros is not written
+        active->quantize(from + r * k, k, group, row.data(), scales + r * groups, sums + r * groups);
+      } else {
+        std::copy_n(from + r * k, k, reinterpret_cast<at::BFloat16*>(row.data()));
+      }
+      cut_row(row.data(), r, steps, to);
+    }
+  });
+  return rows;
+}
 
-// Returns x as the preparation wants it. `per_channel` is any matrix with a row for each output channel.
-Tensor check_x(const char* op, const Tensor& x, const Tensor& per_channel, const optional<Tensor>& bias) {
-  TORCH_CHECK(per_channel.dim() == 2, op, ": weights and their scales must have a row per output channel");
-  const int64_t n = per_channel.size(0);
+enum class Expand { kNot, kInt4, kInt8 };
+
+// Many rows: pairs of panels, expanded to what the matrix units take, times 32 rows at a time.
+Tensor multiply_many(void (*block)(const Block&), Expand expand, const Rows& rows, const Weight& w,
+                     const optional<Tensor>& bias) {
+  Tensor out = at::empty({rows.m, w.n}, at::kFloat);
+  float* y = out.mutable_data_ptr<float>();
+  const float* bias_data = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
+  const int64_t groups = w.groups(), expanded_bytes = expand == Expand::kNot ? 0 : 2 * w.panel_bytes;
+  const bool scale_in_weights = expand == Expand::kInt8 && groups > 1;
+  at::parallel_for(0, ceil_div(w.panels(), kPair), 1, [&](int64_t begin, int64_t end) {
+    const Tiles tiles;
+    std::vector<float> scales(2 * kPair * groups * kChannels);
+    const Tensor scratch = at::empty({kPair * expanded_bytes + 64}, at::kByte);
+    alignas(64) float result[kBlockRows * kPair * kChannels];
+    Block b{};
+    b.steps = rows.row_bytes() / 64;
+    b.k = w.k;
+    b.group = w.group;
+    b.out = result;
+    for (int64_t pair = begin; pair < end; ++pair) {
+      b.panels = static_cast<int>(std::min<int64_t>(kPair, w.panels() - pair * kPair));
+      for (int i = 0; i < b.panels; ++i) {
+        const int64_t panel = pair * kPair + i, offset = panel * groups * kChannels;
+        float *scale = scales.data() + 2 * i * groups * kChannels, *minimum = scale + groups * kChannels;
+        if (w.scale) widen(w.scale + offset, groups * kChannels, scale);
+        if (w.minimum) widen(w.minimum + offset, groups * kChannels, minimum);
+        b.w_scale[i] = w.scale && !scale_in_weights ? scale : nullptr;
+        b.w_min[i] = w.minimum ? minimum : nullptr;
+        b.w[i] = w.data + panel * w.panel_bytes;
+        if (expand == Expand::kNot) continue;
+        char* to = static_cast<char*>(scratch.mutable_data_ptr()) + i * expanded_bytes;
+        if (expand == Expand::kInt4) expand_int4(b.w[i], w.panel_bytes / 64, to);
+        else expand_int8(b.w[i], w.panel_bytes / 64, scale_in_weights ? scale : nullptr, w.group, to);
+        b.w[i] = to;
+      }
+      const int64_t first = pair * kPair * kChannels, blocks = ceil_div(rows.m, kBlockRows);
+      const int64_t steps = b.steps * (rows.scale.defined() ? 4 : 1);  // int8 tiles take their turns one by one
+      b.next_lines = pair + 1 < end ? ceil_div(kPair * w.panel_bytes / 64, blocks * steps) : 0;
+      for (int64_t row = 0; row < rows.m; row += kBlockRows) {
+        b.next = w.data + (pair + 1) * kPair * w.panel_bytes + row / kBlockRows * steps * b.next_lines * 64;
+        b.x = static_cast<const char*>(rows.x.const_data_ptr()) + row * rows.row_bytes();
+        if (rows.scale.defined()) {
+          b.x_scale = rows.scale.const_data_ptr<float>() + row * groups;
+          b.x_sum = rows.sum.const_data_ptr<float>() + row * groups;
+        }
+        block(b);
+        write_rows(result, kPair * kChannels, std::min<int64_t>(kBlockRows, rows.m - row),
+                   std::min<int64_t>(kPair * kChannels, w.n - first), bias_data ? bias_data + first : nullptr,
+                   y + row * w.n + first, w.n);
+      }
+    }
+  });
+  return out;
+}
+#endif
+
+bool use_matrix_units(int64_t m) { return active->matrix_units && m > kFewRows; }
+
+// ---- arguments ----
+
+Tensor check_x(const char* op, const Tensor& x, int64_t n, const optional<Tensor>& bias) {
   TORCH_CHECK(x.dim() == 2 && x.is_cpu() && x.is_floating_point() && x.size(1) > 0, op,
               ": x must be a floating-point CPU matrix [M, K], got ", x.scalar_type(), " ", x.sizes());
   TORCH_CHECK(!bias || (bias->is_cpu() && bias->scalar_type() == at::kFloat && bias->is_contiguous() &&
@@ -142,110 +281,127 @@ Tensor check_x(const char* op, const Tensor& x, const Tensor& per_channel, const
   return x.to(at::kFloat).contiguous();
 }
 
-void check_packed(const char* op, const Tensor& x, const Tensor& packed, const Tensor& w_scale, int64_t group) {
-  const int64_t k = x.size(1), n = w_scale.size(0);
-  TORCH_CHECK(group == k || (group > 0 && group < k && group % 4 == 0), op, ": group_size must be K = ", k,
-              " or a smaller multiple of 4, got ", group);
-  TORCH_CHECK(group <= kMaxGroup, op, ": group_size above ", kMaxGroup, " could overflow int32 sums");
-  TORCH_CHECK(w_scale.is_cpu() && w_scale.scalar_type() == at::kFloat && w_scale.is_contiguous() &&
-                  w_scale.sizes() == at::IntArrayRef({n, ceil_div(k, group)}),
-              op, ": w_scale must be contiguous float32 [N, ", ceil_div(k, group), "], got ", w_scale.sizes());
-  TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == at::kChar && packed.is_contiguous() &&
-                  packed.sizes() == at::IntArrayRef({ceil_div(n, 8), ceil_div(k, 4), 8, 4}),
-              op, ": packed must come from pack_int8 of a weight [", n, ", ", k, "], got ", packed.sizes());
+// `inputs_a_line` inputs of 16 channels are 64 bytes; panels are padded to 64 inputs.
+Weight check_weight(const char* op, const Tensor& x, const Tensor& packed, int64_t n, int64_t inputs_a_line,
+                    at::ScalarType dtype) {
+  const int64_t k = x.size(1), panels = ceil_div(n, kChannels), lines = ceil_div(k, 64) * 64 / inputs_a_line;
+  const int64_t elements = 4 / static_cast<int64_t>(c10::elementSize(dtype));
+  TORCH_CHECK(n > 0 && packed.is_cpu() && packed.scalar_type() == dtype && packed.is_contiguous() &&
+                  packed.sizes() == at::IntArrayRef({panels, lines, kChannels, elements}),
+              op, ": packed must be contiguous ", dtype, " [", panels, ", ", lines, ", 16, ", elements,
+              "] for a weight [", n, ", ", k, "], got ", packed.sizes());
+  return {static_cast<const char*>(packed.const_data_ptr()), lines * 64, n, k, k, nullptr, nullptr};
 }
 
-// int8 [N, K] -> int8 [ceil(N/8), ceil(K/4), 8, 4], see tiles.h. Refuses -128, which symmetric quantisation never
-// produces: an inner loop for another instruction set may negate weights, and -128 has no negative.
-Tensor pack_int8(const Tensor& w) {
-  TORCH_CHECK(w.dim() == 2 && w.is_cpu() && w.scalar_type() == at::kChar && w.numel() > 0,
-              "pack_int8: w must be a non-empty int8 CPU matrix [N, K], got ", w.scalar_type(), " ", w.sizes());
-  TORCH_CHECK(w.min().item<int8_t>() > -128, "pack_int8: weights must lie in [-127, 127]");
-  const int64_t n8 = ceil_div(w.size(0), 8), k4 = ceil_div(w.size(1), 4);
-  const Tensor padded = at::constant_pad_nd(w, {0, k4 * 4 - w.size(1), 0, n8 * 8 - w.size(0)});
-  return padded.contiguous().view({n8, 8, k4, 4}).transpose(1, 2).contiguous();
+const at::BFloat16* check_scale(const char* op, const Tensor& scale, const Weight& w) {
+  TORCH_CHECK(w.group == w.k || (w.group > 0 && w.group < w.k && w.group % 4 == 0), op, ": group_size must be K = ", w.k,
+              " or a smaller multiple of 4, got ", w.group);
+  TORCH_CHECK(w.group <= kMaxGroup, op, ": group_size above ", kMaxGroup, " could overflow int32 sums");
+  TORCH_CHECK(scale.is_cpu() && scale.scalar_type() == at::kBFloat16 && scale.is_contiguous() &&
+                  scale.sizes() == at::IntArrayRef({w.panels(), w.groups(), kChannels}),
+              op, ": scales must be contiguous bfloat16 [", w.panels(), ", ", w.groups(), ", 16], got ", scale.sizes());
+  return scale.const_data_ptr<at::BFloat16>();
 }
 
-Tensor unpack_int8(const Tensor& packed, int64_t n, int64_t k) {
-  TORCH_CHECK(packed.scalar_type() == at::kChar && n > 0 && k > 0 &&
-                  packed.sizes() == at::IntArrayRef({ceil_div(n, 8), ceil_div(k, 4), 8, 4}),
-              "unpack_int8: packed must be int8 from pack_int8 of a weight [", n, ", ", k, "], got ", packed.sizes());
-  const Tensor padded = packed.transpose(1, 2).reshape({packed.size(0) * 8, packed.size(1) * 4});
-  return padded.slice(0, 0, n).slice(1, 0, k).contiguous();
-}
-
-Tensor multiply_packed(const TileFn* tiles, const Tensor& rows, const Tensor* x_scale, int64_t k, const Tensor& packed,
-                       const Tensor& w_scale, int64_t group, const optional<Tensor>& bias) {
-  Tile tile{};
-  tile.x = rows.const_data_ptr();
-  tile.x_stride = rows.size(1);
-  tile.k = k;
-  tile.group = group;
-  tile.x_scale = x_scale ? x_scale->const_data_ptr<float>() : nullptr;
-  const int8_t* w = packed.const_data_ptr<int8_t>();
-  const float* scales = w_scale.const_data_ptr<float>();
-  const int64_t n = w_scale.size(0), groups = w_scale.size(1), block_bytes = packed.size(1) * 32;
-  const int64_t row_bytes = rows.size(1) * static_cast<int64_t>(rows.element_size());
-  return multiply(tiles, tile, row_bytes, rows.size(0), n, bias, [&](Tile& t, int64_t first, float* panel_scale) {
-    t.w[0] = w + first / 8 * block_bytes;
-    t.w[1] = t.channels > 8 ? w + (first / 8 + 1) * block_bytes : t.w[0];  // no second block: its sums are dropped
-    for (int c = 0; c < t.channels; ++c)
-      for (int64_t g = 0; g < groups; ++g) panel_scale[g * kChannels + c] = scales[(first + c) * groups + g];
+// The extra 64 bytes keep rows of 2^n inputs off the same cache sets.
+Rows int8_rows(const Tensor& x, int64_t group) {
+  const int64_t m = x.size(0), k = x.size(1), groups = ceil_div(k, group), width = ceil_div(k, 64) * 64 + 64;
+  Rows rows{at::zeros({m, width}, active->int8_rows), at::empty({m, groups}, at::kFloat),
+            at::empty({m, groups}, at::kFloat), m};
+  const float* from = x.const_data_ptr<float>();
+  float *scales = rows.scale.mutable_data_ptr<float>(), *sums = rows.sum.mutable_data_ptr<float>();
+  char* to = static_cast<char*>(rows.x.mutable_data_ptr());
+  at::parallel_for(0, m, ceil_div(32768, k), [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      active->quantize(from + r * k, k, group, to + r * rows.row_bytes(), scales + r * groups, sums + r * groups);
   });
+  return rows;
 }
 
-// float [M, K] -> float32 [M, N], activations quantised here, per row and `group` inputs. Sums of int8 products are
-// exact within a group; groups are added in float32. A row with NaN or Inf gives NaN outputs.
-Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& w_scale, int64_t group,
+// float32 rows as the inner loops want them: an even number of inputs, or a multiple of four.
+Rows float_rows(const Tensor& x, int64_t multiple) {
+  const int64_t missing = ceil_div(x.size(1), multiple) * multiple - x.size(1);
+  return {missing ? at::constant_pad_nd(x, {0, missing}) : x, {}, {}, x.size(0)};
+}
+
+// ---- operators: x float [M, K] -> float32 [M, N] ----
+
+// Activations are quantised here, per row and `group` inputs. Sums of int8 products are exact within a group; groups are
+// added in float32. A row with NaN or Inf gives NaN outputs. packed int8 [P, ceil(K/64)*16, 16, 4], scale [P, G, 16].
+Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, int64_t n, int64_t group,
                    const optional<Tensor>& bias) {
-  const Tensor rows = check_x("int8_linear", x, w_scale, bias);
-  check_packed("int8_linear", x, packed, w_scale, group);
-  const auto [q, x_scale] = quantize_rows(rows, group);
-  return multiply_packed(active->int8, q, &x_scale, x.size(1), packed, w_scale, group, bias);
+  const Tensor checked = check_x("int8_linear", x, n, bias);
+  Weight w = check_weight("int8_linear", x, packed, n, 4, at::kChar);
+  w.group = group;
+  w.scale = check_scale("int8_linear", scale, w);
+#if defined(HAVE_AMX)
+  if (use_matrix_units(x.size(0)) && (group % 64 == 0 || group == w.k))
+    return multiply_many(int8_block, Expand::kNot, tiled_rows(checked, group, at::kChar), w, bias);
+#endif
+  return multiply_few(active->int8, int8_rows(checked, group), w, bias);
 }
 
-// The same with float32 activations. Meant for few rows: for many, a float32 GEMM over dequantised blocks is faster.
-Tensor int8_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& w_scale, int64_t group,
+// The same for codes 0..15: weight = code * scale + minimum. packed uint8 [P, ceil(K/64)*8, 16, 4].
+Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, const Tensor& minimum, int64_t n,
+                   int64_t group, const optional<Tensor>& bias) {
+  const Tensor checked = check_x("int4_linear", x, n, bias);
+  Weight w = check_weight("int4_linear", x, packed, n, 8, at::kByte);
+  TORCH_CHECK(group % 8 == 0 || group == w.k, "int4_linear: group_size must be K or a multiple of 8, got ", group);
+  w.group = group;
+  w.scale = check_scale("int4_linear", scale, w);
+  w.minimum = check_scale("int4_linear", minimum, w);
+#if defined(HAVE_AMX)
+  if (use_matrix_units(x.size(0)) && (group % 64 == 0 || group == w.k))
+    return multiply_many(int8_block, Expand::kInt4, tiled_rows(checked, group, at::kChar), w, bias);
+#endif
+  return multiply_few(active->int4, int8_rows(checked, group), w, bias);
+}
+
+// int8 weights, float32 activations; the matrix units round them to bfloat16.
+Tensor int8_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, int64_t n, int64_t group,
                                const optional<Tensor>& bias) {
-  const Tensor rows = check_x("int8_weight_only_linear", x, w_scale, bias);
-  check_packed("int8_weight_only_linear", x, packed, w_scale, group);
-  return multiply_packed(active->weight_only, arrange_rows(rows, 4), nullptr, x.size(1), packed, w_scale, group, bias);
+  const Tensor checked = check_x("int8_weight_only_linear", x, n, bias);
+  Weight w = check_weight("int8_weight_only_linear", x, packed, n, 4, at::kChar);
+  w.group = group;
+  w.scale = check_scale("int8_weight_only_linear", scale, w);
+#if defined(HAVE_AMX)
+  if (use_matrix_units(x.size(0)))
+    return multiply_many(bf16_block, Expand::kInt8, tiled_rows(checked, w.k, at::kBFloat16), w, bias);
+#endif
+  return multiply_few(active->weight_only, float_rows(checked, 4), w, bias);
 }
 
-// bfloat16 weights [N, K] as they are, float32 activations and sums. Meant for few rows, like the one above.
-Tensor bf16_linear(const Tensor& x, const Tensor& w, const optional<Tensor>& bias) {
-  TORCH_CHECK(w.is_cpu() && w.scalar_type() == at::kBFloat16 && w.is_contiguous(),
-              "bf16_linear: w must be a contiguous bfloat16 CPU matrix [N, K], got ", w.scalar_type(), " ", w.sizes());
-  const Tensor checked = check_x("bf16_linear", x, w, bias);
-  TORCH_CHECK(x.size(1) == w.size(1), "bf16_linear: x has ", x.size(1), " inputs, w has ", w.size(1));
-  const Tensor rows = arrange_rows(checked, 16);
-  Tile tile{};
-  tile.x = rows.const_data_ptr();
-  tile.x_stride = rows.size(1);
-  tile.k = tile.group = w.size(1);
-  const char* p = static_cast<const char*>(w.const_data_ptr());
-  return multiply(active->bf16, tile, rows.size(1) * 4, x.size(0), w.size(0), bias,
-                  [&](Tile& t, int64_t first, float*) { t.w[0] = p + first * t.k * 2; });
+// bfloat16 weights, packed [P, ceil(K/64)*32, 16, 2]; float32 activations, which the matrix units round to bfloat16.
+Tensor bf16_linear(const Tensor& x, const Tensor& packed, int64_t n, const optional<Tensor>& bias) {
+  const Tensor checked = check_x("bf16_linear", x, n, bias);
+  const Weight w = check_weight("bf16_linear", x, packed, n, 2, at::kBFloat16);
+#if defined(HAVE_AMX)
+  if (use_matrix_units(x.size(0)))
+    return multiply_many(bf16_block, Expand::kNot, tiled_rows(checked, w.k, at::kBFloat16), w, bias);
+#endif
+  return multiply_few(active->bf16, float_rows(checked, 2), w, bias);
 }
 
 }  // namespace
 
+Isa active_isa() { return active->isa; }
+
 TORCH_LIBRARY(tinyopt, m) {
   m.def("select_variant(str name) -> str", select_variant);  // for tests: every variant this CPU runs
   m.def("cpu_variant() -> str", [] { return std::string(active->name); });
-  m.def("pack_int8(Tensor w) -> Tensor");
-  m.def("unpack_int8(Tensor packed, int N, int K) -> Tensor");
-  m.def("int8_linear(Tensor x, Tensor packed, Tensor w_scale, int group_size, Tensor? bias=None) -> Tensor");
+  m.def("int8_linear(Tensor x, Tensor packed, Tensor scale, int N, int group_size, Tensor? bias=None) -> Tensor");
   m.def(
-      "int8_weight_only_linear(Tensor x, Tensor packed, Tensor w_scale, int group_size, Tensor? bias=None) -> Tensor");
-  m.def("bf16_linear(Tensor x, Tensor w, Tensor? bias=None) -> Tensor");
+      "int8_weight_only_linear(Tensor x, Tensor packed, Tensor scale, int N, int group_size, Tensor? bias=None) -> Tensor");
+  m.def(
+      "int4_linear(Tensor x, Tensor packed, Tensor scale, Tensor minimum, int N, int group_size, Tensor? bias=None) "
+      "-> Tensor");
+  m.def("bf16_linear(Tensor x, Tensor packed, int N, Tensor? bias=None) -> Tensor");
   select_variant("");
 }
 
 TORCH_LIBRARY_IMPL(tinyopt, CPU, m) {
-  m.impl("pack_int8", pack_int8);
-  m.impl("unpack_int8", unpack_int8);
   m.impl("int8_linear", int8_linear);
   m.impl("int8_weight_only_linear", int8_weight_only_linear);
+  m.impl("int4_linear", int4_linear);
   m.impl("bf16_linear", bf16_linear);
 }

@@ -18,10 +18,10 @@ Writes  kv_cache_int8_results.json beside the baseline's, and charts, in the res
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 import cli
 from inference import Inference
+from kernels.kv_cache import RoomyCache, RoomyLayer
 
 
 def apply(model):
@@ -32,87 +32,36 @@ def apply(model):
     return model
 
 
-class Int8Cache(Cache):
-    """A transformers cache whose layers hold int8 keys and values; works wherever `DynamicCache` does."""
+class Int8CacheLayer(RoomyLayer):
+    """`keys` and `values` int8 [B, Hkv, capacity, d]; `key_scales` and `value_scales` float32 [B, Hkv, capacity]."""
 
-    def __init__(self):
-        super().__init__(layer_class_to_replicate=Int8CacheLayer)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all values and scales held."""
-        return sum(layer.nbytes for layer in self.layers)
-
-
-class Int8CacheLayer(CacheLayerMixin):
-    """`keys` and `values` int8 [B, Hkv, T, d]; `key_scales` and `value_scales` float32 [B, Hkv, T, 1]."""
-
-    is_sliding = False
-    is_croppable = True
     STORED = ("keys", "values", "key_scales", "value_scales")
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.key_scales = quantize_tokens(key_states[:, :, :0])
-        self.values, self.value_scales = quantize_tokens(value_states[:, :, :0])
-        self.is_initialized = True
+    def empty(self, name: str, shape: tuple[int, int, int, int]) -> torch.Tensor:
+        if name.endswith("scales"):
+            return torch.empty(shape[:3], device=self.device)
+        return torch.empty(shape, dtype=torch.int8, device=self.device)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """Quantise and keep the new tokens; return all keys and values as attention must see them: through int8."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+    def keep(self, places: slice, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         for name, states in (("key", key_states), ("value", value_states)):
             quantized, scales = quantize_tokens(states)
-            setattr(self, f"{name}s", torch.cat([getattr(self, f"{name}s"), quantized], dim=2))
-            setattr(self, f"{name}_scales", torch.cat([getattr(self, f"{name}_scales"), scales], dim=2))
-        return self._expanded(self.keys, self.key_scales), self._expanded(self.values, self.value_scales)
+            getattr(self, f"{name}s")[:, :, places] = quantized
+            getattr(self, f"{name}_scales")[:, :, places] = scales.squeeze(-1)
 
-    def _expanded(self, quantized: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        return quantized.to(self.dtype).mul_(scales.to(self.dtype))
+    def expanded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._expand(self.keys, self.key_scales), self._expand(self.values, self.value_scales)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(getattr(self, name).nbytes for name in self.STORED) if self.is_initialized else 0
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.key_scales, self.value_scales
 
-    def get_seq_length(self) -> int:
-        return self.keys.shape[2] if self.is_initialized else 0
+    def _expand(self, quantized: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        return quantized[:, :, : self.length].to(self.dtype).mul_(scales[:, :, : self.length, None].to(self.dtype))
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
 
-    def get_max_length(self) -> int:
-        return -1
+class Int8Cache(RoomyCache):
+    """A cache whose layers hold int8 keys and values."""
 
-    def reset(self) -> None:
-        self.keys = self.values = self.key_scales = self.value_scales = None
-        self.is_initialized = False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens (transformers passes a number <= 0), as a rejected draft requires."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): pass a negative number of tokens to remove")
-        if tokens_to_remove:
-            self._change(lambda tensor: tensor[:, :, :tokens_to_remove].contiguous())
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._change(lambda tensor: tensor[indices])
-
-    def offload(self) -> None:
-        self._change(lambda tensor: tensor.to("cpu"))
-
-    def prefetch(self) -> None:
-        self._change(lambda tensor: tensor.to(self.device))
-
-    def _change(self, function) -> None:
-        if self.is_initialized:
-            for name in self.STORED:
-                setattr(self, name, function(getattr(self, name)))
+    LAYER = Int8CacheLayer
 
 
 def quantize_tokens(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,6 +25,7 @@ import cli
 from devices import Unsupported, has_half_arithmetic
 from inference import Inference
 from kernels.attention import use_grouped_heads
+from kernels.build import cpu_variant, load_kernels
 from kernels.half import CastAfter, HalfLinear, HalfTable
 from kernels.modules import is_tied, replace_linears
 
@@ -40,11 +41,9 @@ def apply(model, *, dtype: str = "auto", untie: bool = False):
     if not any(type(module) is nn.Linear for module in model.modules()):
         raise ValueError("no nn.Linear left to convert: run mixed_precision before quantization")
     tied = is_tied(model)
-    embedding = model.get_input_embeddings()
     if tied and not untie:
-        embedding.weight = nn.Parameter(embedding.weight.data.to(half), requires_grad=False)
-        model.set_input_embeddings(HalfTable(embedding.weight))
-        model.lm_head = HalfLinear(model.lm_head, dtype=half, native=native, weight=embedding.weight)
+        model.lm_head = HalfLinear(model.lm_head, dtype=half, native=native)
+        model.set_input_embeddings(HalfTable(model.lm_head))
     replace_linears(model, lambda _, linear: HalfLinear(linear, dtype=half, native=native))
     if native:
         _cast_where_dtypes_meet(model, half)
@@ -60,6 +59,8 @@ def _choose(device: torch.device, dtype: str) -> tuple[torch.dtype, bool, str]:
     native, reason = has_half_arithmetic(device, half)
     if half == torch.float16 and not native:
         raise Unsupported(f"fp16 on this CPU is slower than float32 ({reason}): use bf16")
+    if device.type == "cpu" and half == torch.bfloat16 and load_kernels() is None:
+        return half, False, f"C++ kernels, {cpu_variant()}: activations stay float32 between layers"
     return half, native, reason
 
 
@@ -74,7 +75,7 @@ def _cast_where_dtypes_meet(model, half: torch.dtype) -> None:
 
 def _note(half: torch.dtype, native: bool, reason: str, tied: bool, untie: bool) -> str:
     name = str(half).removeprefix("torch.")
-    how = f"{name} products in hardware ({reason})" if native else f"{name} weights, float32 products: {reason}"
+    how = f"{name} products in hardware ({reason})" if native else f"{name} weights; {reason}"
     table = "" if not tied else "; embedding table untied, float32 copy kept" if untie else "; tied table kept, in half"
     return how + table
 

@@ -1,0 +1,128 @@
+"""A decoder's forward pass with as few calls as it takes: eight operators a layer instead of about forty.
+
+transformers' forward builds masks, angles and output objects and calls small operators one by one: on a small model, or on
+a fast recipe, that takes longer than reading the weights. `use_lean_forward` puts a shorter pass in front of it. It serves what
+`generate` and the benchmark ask for (tokens in, a cache of ours, no padding) and hands everything else to the original.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from kernels.fusing import fuse
+from kernels.kv_cache import RoomyCache
+from kernels.step import add_rms_norm, attend, rope_append, silu_mul
+
+
+class LeanForward:
+    """The pass itself, and what it needs of each layer. `fused` counts the products that were joined."""
+
+    def __init__(self, model):
+        self.model, self.original = model, model.forward
+        self.eps = model.config.rms_norm_eps
+        positions = torch.arange(model.config.max_position_embeddings, device=model.device)[None]
+        rotary = getattr(model.model.rotary_emb, "inner", model.model.rotary_emb)
+        cos, sin = rotary(torch.empty(0, device=model.device), positions)
+        half = cos.shape[-1] // 2  # both halves of a head turn by the same angles
+        self.cos, self.sin = cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
+        self.layers = [_Layer(layer) for layer in model.model.layers]
+        self.final_norm = _norm_weight(model.model.norm)
+
+    @property
+    def fused(self) -> int:
+        return sum(len(part) == 1 for layer in self.layers for part in (layer.qkv, layer.gate_up))
+
+    def __call__(
+        self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+        labels=None, use_cache=None, logits_to_keep=0, **options,
+    ):  # fmt: skip
+        """As LlamaForCausalLM.forward."""
+        if (
+            not isinstance(past_key_values, RoomyCache)
+            or input_ids is None
+            or inputs_embeds is not None
+            or labels is not None
+            or torch.is_grad_enabled()
+            or not isinstance(logits_to_keep, int)
+            or any(options.get(name) for name in ("output_attentions", "output_hidden_states"))
+            or not _unpadded(attention_mask, position_ids, past_key_values.get_seq_length(), input_ids.shape[1])
+        ):
+            return self.original(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache,
+                logits_to_keep=logits_to_keep, **options,
+            )  # fmt: skip
+        logits = self.logits(input_ids, past_key_values, last=logits_to_keep)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+    def logits(self, input_ids: torch.Tensor, cache: RoomyCache, *, last: int = 1) -> torch.Tensor:
+        """int64 [B, T] -> [B, last, V], or of all T tokens with `last` 0; the tokens' keys and values join `cache`."""
+        residual = self.model.get_input_embeddings()(input_ids).float().contiguous()
+        update = None
+        for index, layer in enumerate(self.layers):
+            stored = cache.layer(index)
+            inputs = add_rms_norm(residual, update, layer.attention_norm, self.eps)
+            q = rope_append(
+                _product(layer.qkv, inputs), self.cos, self.sin, stored, kv_heads=layer.kv_heads, head_dim=layer.head_dim
+            )
+            update = layer.o_proj(attend(q, stored, scaling=layer.scaling, kv_of_head=layer.kv_of_head)).float()
+            inputs = add_rms_norm(residual, update, layer.mlp_norm, self.eps)
+            update = layer.down_proj(silu_mul(_product(layer.gate_up, inputs))).float()
+        if last:
+            residual, update = residual[:, -last:].contiguous(), update[:, -last:].contiguous()
+        return self.model.lm_head(add_rms_norm(residual, update, self.final_norm, self.eps))
+
+
+class _Layer:
+    """One decoder layer's products, joined where they can be, and its numbers."""
+
+    def __init__(self, layer):
+        attention, mlp = layer.self_attn, layer.mlp
+        self.attention_norm = _norm_weight(layer.input_layernorm)
+        self.mlp_norm = _norm_weight(layer.post_attention_layernorm)
+        self.qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.gate_up = _joined([mlp.gate_proj, mlp.up_proj])
+        self.o_proj, self.down_proj = attention.o_proj, mlp.down_proj
+        self.head_dim, self.scaling = attention.head_dim, attention.scaling
+        self.kv_heads = attention.k_proj.out_features // attention.head_dim
+        self.kv_of_head = getattr(attention, "kv_of_head", None)
+
+
+def use_lean_forward(model) -> LeanForward:
+    """Make `model(...)` and `model.generate(...)` take the lean pass where it serves; last of all techniques.
+
+    Raises ValueError for a model whose layers are not Llama's: another activation, or positions that depend on the length.
+    """
+    config = model.config
+    if config.hidden_act != "silu":
+        raise ValueError(f"the lean forward pass computes silu, this model wants {config.hidden_act}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise ValueError(f"the lean forward pass has fixed angles, this model's positions are '{rope}'")
+    model.forward = LeanForward(model)
+    return model.forward
+
+
+def _joined(layers: list) -> list:
+    fused = fuse(layers)
+    return layers if fused is None else [fused]
+
+
+def _product(layers: list, inputs: torch.Tensor) -> torch.Tensor:
+    if len(layers) == 1:
+        return layers[0](inputs).float()
+    return torch.cat([layer(inputs) for layer in layers], -1).float()
+
+
+def _norm_weight(norm) -> torch.Tensor:
+    return getattr(norm, "inner", norm).weight.data.float()
+
+
+def _unpadded(mask: torch.Tensor | None, positions: torch.Tensor | None, past: int, tokens: int) -> bool:
+    """Whether every row begins at position 0 and has no gap, which is what the lean pass assumes."""
+    if mask is not None and (mask.dim() != 2 or not mask.all()):
+        return False
+    if positions is None:
+        return True
+    return bool((positions[..., 0] == past).all()) and bool((positions[..., -1] == past + tokens - 1).all())

@@ -1,0 +1,369 @@
+// What a decoder layer does between its products: norm, rotary positions, the KV cache, attention, the gate.
+//
+// Each would be several small operators in PyTorch, and at one token a step the calls themselves are what takes time.
+// Keys and values lie in [B, Hkv, capacity, d] and never move: float32, bfloat16, or int8 with a float32 scale per token
+// and KV head [B, Hkv, capacity]. Attention reads them as they are. All query heads of a KV head share each row it reads.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "isa.h"
+
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+constexpr int64_t kBlock = 64;      // keys and values widened to float32 at a time: they stay in the first-level cache
+constexpr int64_t kSegment = 256;   // keys of one task; fixed, so that a sum's order does not depend on rows or threads
+constexpr int64_t kMaxHeadDim = 256;
+
+typedef float Vec __attribute__((vector_size(64)));
+constexpr int64_t kLanes = 16;
+
+INLINE_BODY Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE_BODY void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// exp(x) for x <= 0, to 2e-7 relative: 2^n times a polynomial of the rest.
+INLINE_BODY float fast_exp(float x) {
+  const float t = std::max(x, -87.f) * 1.44269504f, n = (t + 12582912.f) - 12582912.f, f = t - n;
+  float p = 1.5403530e-4f;  // Taylor series of 2^f, |f| <= 0.5
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return p * power;
+}
+
+INLINE_BODY float widened(float v) { return v; }
+INLINE_BODY float widened(int8_t v) { return static_cast<float>(v); }
+INLINE_BODY float widened(uint16_t v) {  // bfloat16 is the upper half of a float32
+  const uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+// ---- attention ----
+
+struct Attention {
+  const float* q;                        // [B, T, Hq, d]
+  const void *keys, *values;             // [B, Hkv, capacity, d]
+  const float *key_scale, *value_scale;  // [B, Hkv, capacity] or null
+  int64_t batch, rows, heads, kv_heads, d, capacity, length;  // the last row sees `length` keys
+  float scaling;
+  std::vector<std::vector<int64_t>> readers;  // query heads of each KV head
+  float* partial;  // [B, segments, T, Hq, d + 2]: sum of p * v, sum of p, largest score
+  int64_t segments() const { return (length + kSegment - 1) / kSegment; }
+};
+
+// One KV head, one segment of keys, all query heads and rows that read them: softmax is kept running over blocks.
+template <class KV>
+INLINE_BODY void attend_segment(const Attention& a, int64_t b, int64_t kv_head, int64_t segment) {
+  const int64_t d = a.d, width = d + 2, first = segment * kSegment, last = std::min(first + kSegment, a.length);
+  const int64_t row_of_cache = (b * a.kv_heads + kv_head) * a.capacity;
+  float k[kBlock * kMaxHeadDim], v[kBlock * kMaxHeadDim], p[kBlock], k_scale[kBlock], v_scale[kBlock];
+  for (int64_t start = first; start < last; start += kBlock) {
+    const int64_t count = std::min(kBlock, last - start);
+    const KV* from_k = static_cast<const KV*>(a.keys) + (row_of_cache + start) * d;
+    const KV* from_v = static_cast<const KV*>(a.values) + (row_of_cache + start) * d;
+    for (int64_t i = 0; i < count * d; ++i) k[i] = widened(from_k[i]);
+    for (int64_t i = 0; i < count * d; ++i) v[i] = widened(from_v[i]);
+    for (int64_t i = 0; i < count; ++i) {
+      k_scale[i] = a.scaling * (a.key_scale ? a.key_scale[row_of_cache + start + i] : 1.f);
+      v_scale[i] = a.value_scale ? a.value_scale[row_of_cache + start + i] : 1.f;
+    }
+    for (int64_t t = 0; t < a.rows; ++t) {
+      const int64_t seen = std::min(count, a.length - a.rows + t + 1 - start);
+      for (const int64_t head : a.readers[kv_head]) {
+        float* state = a.partial + (((b * a.segments() + segment) * a.rows + t) * a.heads + head) * width;
+        if (start == first) {
+          std::fill_n(state, d + 1, 0.f);
+          state[d + 1] = -INFINITY;
+        }
+        if (seen <= 0) continue;
+        const float* q = a.q + ((b * a.rows + t) * a.heads + head) * d;
+        float largest = state[d + 1];
+        for (int64_t j = 0; j < seen; ++j) {
+          Vec sum = {};
+          int64_t i = 0;
+          for (; i + kLanes <= d; i += kLanes) sum += load(q + i) * load(k + j * d + i);
+          float lanes[kLanes];
+          store(lanes, sum);
+          for (int64_t half = kLanes / 2; half > 0; half /= 2)
+            for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+          for (; i < d; ++i) lanes[0] += q[i] * k[j * d + i];
+          p[j] = lanes[0] * k_scale[j];
+          largest = std::max(largest, p[j]);
+        }
+        const float shrink = state[d + 1] == largest ? 1.f : fast_exp(state[d + 1] - largest);
+        float total[kLanes] = {};
+        for (int64_t j = seen; j < kBlock; ++j) p[j] = -INFINITY;
+        for (int64_t j = 0; j < kBlock; ++j) p[j] = j < seen ? fast_exp(p[j] - largest) : 0.f;
+        for (int64_t j = 0; j < kBlock; ++j) total[j % kLanes] += p[j];
+        for (int64_t lane = 1; lane < kLanes; ++lane) total[0] += total[lane];
+        for (int64_t j = 0; j < seen; ++j) p[j] *= v_scale[j];
+        int64_t i = 0;
+        for (; i + 4 * kLanes <= d; i += 4 * kLanes) {
+          Vec sum[4];
+          for (int64_t n = 0; n < 4; ++n) sum[n] = load(state + i + n * kLanes) * shrink;
+          for (int64_t j = 0; j < seen; ++j)
+            for (int64_t n = 0; n < 4; ++n) sum[n] += p[j] * load(v + j * d + i + n * kLanes);
+          for (int64_t n = 0; n < 4; ++n) store(state + i + n * kLanes, sum[n]);
+        }
+        for (; i < d; ++i) {
+          float sum = state[i] * shrink;
+          for (int64_t j = 0; j < seen; ++j) sum += p[j] * v[j * d + i];
+          state[i] = sum;
+        }
+        state[d] = state[d] * shrink + total[0];
+        state[d + 1] = largest;
+      }
+    }
+  }
+}
+
+using AttendFn = void (*)(const Attention&, int64_t, int64_t, int64_t);
+template <class KV>
+void attend_portable(const Attention& a, int64_t b, int64_t h, int64_t s) { attend_segment<KV>(a, b, h, s); }
+#if defined(__x86_64__)
+template <class KV>
+TARGET_AVX2 void attend_avx2(const Attention& a, int64_t b, int64_t h, int64_t s) { attend_segment<KV>(a, b, h, s); }
+template <class KV>
+TARGET_AVX512 void attend_avx512(const Attention& a, int64_t b, int64_t h, int64_t s) { attend_segment<KV>(a, b, h, s); }
+#endif
+
+template <class KV>
+AttendFn attend_fn() {
+#if defined(__x86_64__)
+  if (active_isa() == Isa::kAvx512) return attend_avx512<KV>;
+  if (active_isa() == Isa::kAvx2) return attend_avx2<KV>;
+#endif
+  return attend_portable<KV>;
+}
+
+void check_cache(const char* op, const Tensor& cache, const optional<Tensor>& scale, int64_t length) {
+  const bool int8 = cache.scalar_type() == at::kChar;
+  TORCH_CHECK(cache.dim() == 4 && cache.is_cpu() && cache.is_contiguous() && length <= cache.size(2) &&
+                  cache.size(3) <= kMaxHeadDim && cache.size(3) % 2 == 0 &&
+                  (int8 || cache.scalar_type() == at::kFloat || cache.scalar_type() == at::kBFloat16),
+              op, ": keys and values must be contiguous float32, bfloat16 or int8 [B, Hkv, capacity, d], d even and at most ",
+              kMaxHeadDim, ", got ", cache.scalar_type(), " ", cache.sizes(), " for ", length, " tokens");
+  TORCH_CHECK(int8 == scale.has_value(), op, ": int8 keys and values need scales, others have none");
+  TORCH_CHECK(!scale || (scale->scalar_type() == at::kFloat && scale->is_contiguous() &&
+                         scale->sizes() == cache.sizes().slice(0, 3)),
+              op, ": scales must be contiguous float32 [B, Hkv, capacity]");
+}
+
+// q float32 [B, T, Hq, d], the last T of `length` tokens -> float32 [B, T, Hq * d]. Row t sees length - T + t + 1 keys.
+Tensor attend(const Tensor& q, const Tensor& keys, const Tensor& values, const optional<Tensor>& key_scale,
+              const optional<Tensor>& value_scale, int64_t length, double scaling, const optional<Tensor>& kv_of_head) {
+  check_cache("attend", keys, key_scale, length);
+  check_cache("attend", values, value_scale, length);
+  TORCH_CHECK(q.dim() == 4 && q.scalar_type() == at::kFloat && q.is_contiguous() && q.size(0) == keys.size(0) &&
+                  q.size(3) == keys.size(3) && q.size(1) <= length && keys.sizes() == values.sizes() &&
+                  keys.scalar_type() == values.scalar_type(),
+              "attend: q must be contiguous float32 [B, T, Hq, d] for keys ", keys.sizes(), ", got ", q.sizes());
+  Attention a{q.const_data_ptr<float>(), keys.const_data_ptr(), values.const_data_ptr(),
+              key_scale ? key_scale->const_data_ptr<float>() : nullptr,
+              value_scale ? value_scale->const_data_ptr<float>() : nullptr,
+              q.size(0), q.size(1), q.size(2), keys.size(1), q.size(3), keys.size(2), length,
+              static_cast<float>(scaling), {}, nullptr};
+  a.readers.resize(a.kv_heads);
+  TORCH_CHECK(kv_of_head ? kv_of_head->numel() == a.heads : a.heads % a.kv_heads == 0, "attend: ", a.heads,
+              " query heads on ", a.kv_heads, " KV heads need a map");
+  for (int64_t head = 0; head < a.heads; ++head) {
+    const int64_t kv = kv_of_head ? kv_of_head->const_data_ptr<int64_t>()[head] : head / (a.heads / a.kv_heads);
+    TORCH_CHECK(kv >= 0 && kv < a.kv_heads, "attend: no KV head ", kv);
+    a.readers[kv].push_back(head);
+  }
+  const Tensor partial = at::empty({a.batch * a.segments() * a.rows * a.heads * (a.d + 2)}, at::kFloat);
+  a.partial = partial.mutable_data_ptr<float>();
+  const AttendFn fn = keys.scalar_type() == at::kFloat ? attend_fn<float>()
+                      : keys.scalar_type() == at::kChar ? attend_fn<int8_t>() : attend_fn<uint16_t>();
+  const int64_t keys_a_thread = 4096 / std::max<int64_t>(1, a.rows * a.heads / a.kv_heads);
+  at::parallel_for(0, a.batch * a.kv_heads * a.segments(), std::max<int64_t>(1, keys_a_thread / std::min(length, kSegment)),
+                   [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task)
+      fn(a, task / a.segments() / a.kv_heads, task / a.segments() % a.kv_heads, task % a.segments());
+  });
+  Tensor out = at::empty({a.batch, a.rows, a.heads * a.d}, at::kFloat);
+  float* y = out.mutable_data_ptr<float>();
+  const int64_t width = a.d + 2, heads = a.rows * a.heads;
+  for (int64_t i = 0; i < a.batch * heads; ++i) {  // segments are joined in their order
+    const float* first = a.partial + (i / heads * a.segments() * heads + i % heads) * width;
+    float largest = -INFINITY, total = 0.f;
+    for (int64_t s = 0; s < a.segments(); ++s) largest = std::max(largest, first[s * heads * width + a.d + 1]);
+    std::fill_n(y + i * a.d, a.d, 0.f);
+    for (int64_t s = 0; s < a.segments(); ++s) {
+      const float* state = first + s * heads * width;
+      const float share = std::exp(state[a.d + 1] - largest);
+      total += share * state[a.d];
+      for (int64_t n = 0; n < a.d; ++n) y[i * a.d + n] += share * state[n];
+    }
+    for (int64_t n = 0; n < a.d; ++n) y[i * a.d + n] /= total;
+  }
+  return out;
+}
+
+// ---- rotary positions, and what enters the cache ----
+
+uint16_t bf16_bits(float v) { return c10::BFloat16(v).x; }
+
+// Puts one row of d numbers where token `token` of a cache has its place.
+void keep(const float* row, int64_t d, const Tensor& cache, float* scales, int64_t token) {
+  if (cache.scalar_type() == at::kFloat) {
+    std::copy_n(row, d, cache.mutable_data_ptr<float>() + token * d);
+  } else if (cache.scalar_type() == at::kBFloat16) {
+    auto* to = static_cast<uint16_t*>(cache.mutable_data_ptr()) + token * d;
+    for (int64_t i = 0; i < d; ++i) to[i] = bf16_bits(row[i]);
+  } else {
+    float largest = 0.f;
+    bool finite = true;
+    for (int64_t i = 0; i < d; ++i) {
+      largest = std::max(largest, std::abs(row[i]));
+      finite &= std::isfinite(row[i]);
+    }
+    const float scale = finite ? largest / 127.f : NAN;  // NaN must show in what attention reads
+    scales[token] = scale;
+    int8_t* to = cache.mutable_data_ptr<int8_t>() + token * d;
+    for (int64_t i = 0; i < d; ++i)
+      to[i] = scale > 0.f ? static_cast<int8_t>(std::clamp(std::nearbyint(row[i] / scale), -127.f, 127.f)) : 0;
+  }
+}
+
+// qkv float32 [B, T, (Hq + 2 Hkv) * d] -> q [B, T, Hq, d] with its positions; keys and values go to places past.. of the
+// cache. cos and sin float32 [positions, d / 2], halves rotated as in transformers' Llama.
+Tensor rope_append(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
+                   const optional<Tensor>& key_scale, const optional<Tensor>& value_scale, int64_t past) {
+  const int64_t batch = qkv.size(0), rows = qkv.size(1), kv_heads = keys.size(1), capacity = keys.size(2), d = keys.size(3);
+  check_cache("rope_append", keys, key_scale, past + rows);
+  check_cache("rope_append", values, value_scale, past + rows);
+  const int64_t heads = qkv.size(2) / d - 2 * kv_heads, half = d / 2;
+  TORCH_CHECK(qkv.dim() == 3 && qkv.scalar_type() == at::kFloat && qkv.is_contiguous() && qkv.size(2) % d == 0 && heads > 0 &&
+                  keys.size(0) == batch && keys.sizes() == values.sizes(),
+              "rope_append: qkv must be contiguous float32 [B, T, (Hq + 2 Hkv) * d], got ", qkv.sizes());
+  TORCH_CHECK(cos.scalar_type() == at::kFloat && cos.is_contiguous() && cos.dim() == 2 && cos.size(1) == half &&
+                  past + rows <= cos.size(0) && sin.sizes() == cos.sizes() && sin.is_contiguous(),
+              "rope_append: no angles for ", past + rows, " tokens in ", cos.sizes());
+  Tensor q = at::empty({batch, rows, heads, d}, at::kFloat);
+  const float *c = cos.const_data_ptr<float>(), *s = sin.const_data_ptr<float>();
+  float* k_scales = key_scale ? key_scale->mutable_data_ptr<float>() : nullptr;
+  float* v_scales = value_scale ? value_scale->mutable_data_ptr<float>() : nullptr;
+  at::parallel_for(0, batch * rows, 16, [&](int64_t begin, int64_t end) {
+    float rotated[kMaxHeadDim];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / rows, position = past + i % rows;
+      const float* from = qkv.const_data_ptr<float>() + i * qkv.size(2);
+      for (int64_t h = 0; h < heads + kv_heads; ++h) {
+        const float* x = from + h * d;
+        float* y = h < heads ? q.mutable_data_ptr<float>() + (i * heads + h) * d : rotated;
+        for (int64_t n = 0; n < half; ++n) {
+          y[n] = x[n] * c[position * half + n] - x[n + half] * s[position * half + n];
+          y[n + half] = x[n + half] * c[position * half + n] + x[n] * s[position * half + n];
+        }
+        if (h < heads) continue;
+        const int64_t token = (b * kv_heads + h - heads) * capacity + position;
+        keep(rotated, d, keys, k_scales, token);
+        keep(x + kv_heads * d, d, values, v_scales, token);
+      }
+    }
+  });
+  return q;
+}
+
+// ---- norm and gate ----
+
+// residual float32 [M, H] becomes residual + update; returns its RMSNorm times weight [H].
+Tensor add_rms_norm(const Tensor& residual, const optional<Tensor>& update, const Tensor& weight, double eps) {
+  const int64_t h = weight.numel(), m = residual.numel() / h;
+  TORCH_CHECK(residual.scalar_type() == at::kFloat && residual.is_contiguous() && weight.scalar_type() == at::kFloat &&
+                  residual.numel() == m * h && (!update || (update->scalar_type() == at::kFloat && update->is_contiguous() &&
+                                                            update->numel() == residual.numel())),
+              "add_rms_norm: residual, update and weight must be contiguous float32");
+  Tensor out = at::empty(residual.sizes(), at::kFloat);
+  at::parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      float *x = residual.mutable_data_ptr<float>() + r * h, *y = out.mutable_data_ptr<float>() + r * h;
+      const float *add = update ? update->const_data_ptr<float>() + r * h : nullptr, *w = weight.const_data_ptr<float>();
+      float squares[8] = {};
+      for (int64_t i = 0; i < h; ++i) {
+        if (add) x[i] += add[i];
+        squares[i % 8] += x[i] * x[i];
+      }
+      float sum = 0.f;
+      for (float square : squares) sum += square;
+      const float scale = 1.f / std::sqrt(sum / static_cast<float>(h) + static_cast<float>(eps));
+      for (int64_t i = 0; i < h; ++i) y[i] = w[i] * (x[i] * scale);
+    }
+  });
+  return out;
+}
+
+INLINE_BODY void silu_mul_rows(const float* from, int64_t width, int64_t begin, int64_t end, float* to) {
+  for (int64_t r = begin; r < end; ++r) {
+    const float *gate = from + r * 2 * width, *up = gate + width;
+    for (int64_t i = 0; i < width; ++i) {
+      const float e = fast_exp(-std::abs(gate[i])), sigmoid = (gate[i] < 0.f ? e : 1.f) / (1.f + e);
+      to[r * width + i] = gate[i] * sigmoid * up[i];
+    }
+  }
+}
+#if defined(__x86_64__)
+TARGET_AVX512 void silu_mul_avx512(const float* x, int64_t n, int64_t b, int64_t e, float* y) { silu_mul_rows(x, n, b, e, y); }
+TARGET_AVX2 void silu_mul_avx2(const float* x, int64_t n, int64_t b, int64_t e, float* y) { silu_mul_rows(x, n, b, e, y); }
+#endif
+
+// [..., 2 I] = gate, up -> silu(gate) * up, [..., I].
+Tensor silu_mul(const Tensor& gate_up) {
+  TORCH_CHECK(gate_up.scalar_type() == at::kFloat && gate_up.is_contiguous() && gate_up.size(-1) % 2 == 0,
+              "silu_mul: gate and up must be one contiguous float32 tensor [..., 2 I]");
+  auto shape = gate_up.sizes().vec();
+  const int64_t width = shape.back() /= 2, m = width ? gate_up.numel() / (2 * width) : 0;
+  Tensor out = at::empty(shape, at::kFloat);
+  const float* x = gate_up.const_data_ptr<float>();
+  float* y = out.mutable_data_ptr<float>();
+  at::parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
+#if defined(__x86_64__)
+    if (active_isa() == Isa::kAvx512) return silu_mul_avx512(x, width, begin, end, y);
+    if (active_isa() == Isa::kAvx2) return silu_mul_avx2(x, width, begin, end, y);
+#endif
+    silu_mul_rows(x, width, begin, end, y);
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(tinyopt, m) {
+  m.def("add_rms_norm(Tensor(a!) residual, Tensor? update, Tensor weight, float eps) -> Tensor");
+  m.def("silu_mul(Tensor gate_up) -> Tensor");
+  m.def(
+      "rope_append(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scale, "
+      "Tensor(d!)? value_scale, int past) -> Tensor");
+  m.def(
+      "attend(Tensor q, Tensor keys, Tensor values, Tensor? key_scale, Tensor? value_scale, int length, float scaling, "
+      "Tensor? kv_of_head=None) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(tinyopt, CPU, m) {
+  m.impl("add_rms_norm", add_rms_norm);
+  m.impl("silu_mul", silu_mul);
+  m.impl("rope_append", rope_append);
+  m.impl("attend", attend);
+}
