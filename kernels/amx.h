@@ -29,8 +29,8 @@ struct Block {
   int64_t k, group;      // as in Tile; bfloat16 has one group
   const float* x_scale;  // [rows, groups], int8 only
   const float* x_sum;    // [rows, groups]
-  const float* w_scale[kPair];  // [groups, kChannels]; bfloat16: [1, kChannels] or null
-  const float* w_min[kPair];    // [groups, kChannels] or null
+  const uint16_t* w_scale[kPair];  // bfloat16 [groups, kChannels] or null; sums of bfloat16 products have one group
+  const uint16_t* w_min[kPair];    // [groups, kChannels] or null
   float* out;            // [kBlockRows, kPair * kChannels], overwritten
   const char* next;      // what the next pair's turn will read, a part of it for each call
   int64_t next_lines;    // lines of it to fetch at each step along K
@@ -84,14 +84,14 @@ TARGET_AMX inline void int8_tile(const Block& b, int panel, int first_row) {
     }
     if (ahead == 0) continue;
     const int64_t g = ahead - 1;
-    const __m512 w_scale = _mm512_loadu_ps(b.w_scale[panel] + g * kChannels);
+    const __m512 w_scale = sixteen_bf16(b.w_scale[panel] + g * kChannels);
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r) {
       const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(x_scale[r * groups + g]), w_scale);
       out[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums[g % 2] + r * kChannels)), scale, out[r]);
     }
     if (b.w_min[panel] == nullptr) continue;
-    const __m512 w_min = _mm512_loadu_ps(b.w_min[panel] + g * kChannels);
+    const __m512 w_min = sixteen_bf16(b.w_min[panel] + g * kChannels);
 #pragma GCC unroll 16
     for (int r = 0; r < 16; ++r)
       out[r] = _mm512_fmadd_ps(_mm512_set1_ps(x_scale[r * groups + g] * x_sum[r * groups + g]), w_min, out[r]);
@@ -129,7 +129,7 @@ TARGET_AMX void bf16_block(const Block& b) {
   _tile_stored(2, b.out + kChannels, kStride * 4);
   _tile_stored(3, b.out + 16 * kStride + kChannels, kStride * 4);
   for (int panel = 0; panel < b.panels && b.w_scale[panel]; ++panel) {
-    const __m512 scale = _mm512_loadu_ps(b.w_scale[panel]);
+    const __m512 scale = sixteen_bf16(b.w_scale[panel]);
     for (int r = 0; r < kBlockRows; ++r) {
       float* at = b.out + r * kStride + panel * kChannels;
       _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), scale));
@@ -161,10 +161,10 @@ TARGET_AMX inline __m512i bf16_bits(__m512 v) {  // round to nearest, ties to ev
 
 // int8 lines of 4 inputs -> bfloat16 lines of 2. One scale a channel is applied to the sums; scales per group go into the
 // weights here (`scale` [groups, kChannels], else null). Integers up to 127 are exact in bfloat16.
-TARGET_AMX void expand_int8(const void* from, int64_t lines, const float* scale, int64_t group, char* to) {
+TARGET_AMX void expand_int8(const void* from, int64_t lines, const uint16_t* scale, int64_t group, char* to) {
   for (int64_t s = 0; s < lines; ++s) {
     const __m512i line = line_at(from, s);
-    const __m512 factor = scale ? _mm512_loadu_ps(scale + s * 4 / group * kChannels) : _mm512_set1_ps(1.f);
+    const __m512 factor = scale ? sixteen_bf16(scale + s * 4 / group * kChannels) : _mm512_set1_ps(1.f);
     __m512i half[4];
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {

@@ -12,7 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kernels.fusing import fuse
 from kernels.kv_cache import RoomyCache
-from kernels.step import add_rms_norm, attend, rope_append, silu_mul
+from kernels.int8 import kernels_run
+from kernels.step import FEW_ROWS, Products, add_rms_norm, attend, decoder_layer, is_packed, rope_append, silu_mul
 
 
 class LeanForward:
@@ -60,8 +61,12 @@ class LeanForward:
         """int64 [B, T] -> [B, last, V], or of all T tokens with `last` 0; the tokens' keys and values join `cache`."""
         residual = self.model.get_input_embeddings()(input_ids).float().contiguous()
         update = None
+        whole = input_ids.shape[1] <= FEW_ROWS and kernels_run(residual)
         for index, layer in enumerate(self.layers):
             stored = cache.layer(index)
+            if whole and layer.products is not None and update is None:
+                decoder_layer(residual, layer, self.cos, self.sin, stored, self.eps)
+                continue
             inputs = add_rms_norm(residual, update, layer.attention_norm, self.eps)
             q = rope_append(
                 _product(layer.qkv, inputs), self.cos, self.sin, stored, kv_heads=layer.kv_heads, head_dim=layer.head_dim
@@ -70,7 +75,8 @@ class LeanForward:
             inputs = add_rms_norm(residual, update, layer.mlp_norm, self.eps)
             update = layer.down_proj(silu_mul(_product(layer.gate_up, inputs))).float()
         if last:
-            residual, update = residual[:, -last:].contiguous(), update[:, -last:].contiguous()
+            residual = residual[:, -last:].contiguous()
+            update = None if update is None else update[:, -last:].contiguous()
         return self.model.lm_head(add_rms_norm(residual, update, self.final_norm, self.eps))
 
 
@@ -87,6 +93,9 @@ class _Layer:
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.kv_of_head = getattr(attention, "kv_of_head", None)
+        self.norms = [self.attention_norm, self.mlp_norm]
+        joined = [part[0] if len(part) == 1 else None for part in (self.qkv, [self.o_proj], self.gate_up, [self.down_proj])]
+        self.products = Products(joined) if all(map(is_packed, joined)) else None
 
 
 def use_lean_forward(model) -> LeanForward:

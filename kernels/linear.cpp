@@ -9,6 +9,7 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "amx.h"
+#include "linear.h"
 #include "tiles.h"
 #include "tiles_avx512.h"
 
@@ -26,6 +28,7 @@ using std::optional;
 
 constexpr int64_t kMaxGroup = 131072;  // 127 * 127 * kMaxGroup still fits int32
 constexpr int64_t kFewRows = 16;       // more go through the matrix units
+constexpr int64_t kWorthAThread = 1 << 17;  // bytes of weights times rows that take longer than waking a thread
 
 // ---- activations in int8 ----
 
@@ -122,7 +125,7 @@ std::string select_variant(const std::string& name) {
 struct Weight {
   const char* data;
   int64_t panel_bytes, n, k, group;
-  const at::BFloat16 *scale, *minimum;  // [panels, groups, kChannels] or null
+  const uint16_t *scale, *minimum;  // bfloat16 [panels, groups, kChannels] or null
   int64_t panels() const { return ceil_div(n, kChannels); }
   int64_t groups() const { return ceil_div(k, group); }
 };
@@ -133,9 +136,15 @@ struct Rows {
   int64_t row_bytes() const { return x.size(1) * static_cast<int64_t>(x.element_size()); }
 };
 
-// The scales of one panel in float32: [groups, kChannels].
-void widen(const at::BFloat16* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+// Calls `work(first, last)` for all panels in torch's own threads. A thread takes its next share when it is done with one:
+// halves that are dealt out beforehand wait for the slower thread, product after product.
+template <class Work>
+void share_panels(int64_t panels, int64_t bytes, const Work& work) {
+  const int64_t threads = bytes < kWorthAThread ? 1 : at::get_num_threads(), share = std::max<int64_t>(1, panels / threads / 8);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t first; (first = next.fetch_add(share)) < panels;) work(first, std::min(first + share, panels));
+  });
 }
 
 void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t channels, const float* bias, float* y,
@@ -149,22 +158,19 @@ Tensor multiply_few(const TileFn* tiles, const Rows& rows, const Weight& w, cons
   Tensor out = at::empty({rows.m, w.n}, at::kFloat);
   float* y = out.mutable_data_ptr<float>();
   const float* b = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
-  const int64_t groups = w.groups(), grain = ceil_div(1 << 18, rows.m * w.k * kChannels + 1);
-  at::parallel_for(0, w.panels(), grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> scales(2 * groups * kChannels);
+  const int64_t groups = w.groups();
+  share_panels(w.panels(), w.panels() * w.panel_bytes * rows.m, [&](int64_t begin, int64_t end) {
     float result[kMaxRows * kChannels];
     Tile t{};
     t.x_stride = rows.x.size(1);
     t.k = w.k;
     t.group = w.group;
-    t.w_scale = scales.data();
-    t.w_min = scales.data() + groups * kChannels;
     t.out = result;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t first = panel * kChannels;
       t.w = w.data + panel * w.panel_bytes;
-      if (w.scale) widen(w.scale + first * groups, groups * kChannels, scales.data());
-      if (w.minimum) widen(w.minimum + first * groups, groups * kChannels, scales.data() + groups * kChannels);
+      t.w_scale = w.scale ? w.scale + first * groups : nullptr;
+      t.w_min = w.minimum ? w.minimum + first * groups : nullptr;
       for (int64_t row = 0; row < rows.m; row += active->rows) {
         const int64_t count = std::min<int64_t>(active->rows, rows.m - row);
         t.x = static_cast<const char*>(rows.x.const_data_ptr()) + row * rows.row_bytes();
@@ -221,9 +227,8 @@ Tensor multiply_many(void (*block)(const Block&), Expand expand, const Rows& row
   const float* bias_data = bias.has_value() ? bias->const_data_ptr<float>() : nullptr;
   const int64_t groups = w.groups(), expanded_bytes = expand == Expand::kNot ? 0 : 2 * w.panel_bytes;
   const bool scale_in_weights = expand == Expand::kInt8 && groups > 1;
-  at::parallel_for(0, ceil_div(w.panels(), kPair), 1, [&](int64_t begin, int64_t end) {
+  share_panels(ceil_div(w.panels(), kPair), w.panels() * w.panel_bytes * rows.m, [&](int64_t begin, int64_t end) {
     const Tiles tiles;
-    std::vector<float> scales(2 * kPair * groups * kChannels);
     const Tensor scratch = at::empty({kPair * expanded_bytes + 64}, at::kByte);
     alignas(64) float result[kBlockRows * kPair * kChannels];
     Block b{};
@@ -235,11 +240,9 @@ Tensor multiply_many(void (*block)(const Block&), Expand expand, const Rows& row
       b.panels = static_cast<int>(std::min<int64_t>(kPair, w.panels() - pair * kPair));
       for (int i = 0; i < b.panels; ++i) {
         const int64_t panel = pair * kPair + i, offset = panel * groups * kChannels;
-        float *scale = scales.data() + 2 * i * groups * kChannels, *minimum = scale + groups * kChannels;
-        if (w.scale) widen(w.scale + offset, groups * kChannels, scale);
-        if (w.minimum) widen(w.minimum + offset, groups * kChannels, minimum);
-        b.w_scale[i] = w.scale && !scale_in_weights ? scale : nullptr;
-        b.w_min[i] = w.minimum ? minimum : nullptr;
+        const uint16_t* scale = w.scale ? w.scale + offset : nullptr;
+        b.w_scale[i] = scale_in_weights ? nullptr : scale;
+        b.w_min[i] = w.minimum ? w.minimum + offset : nullptr;
         b.w[i] = w.data + panel * w.panel_bytes;
         if (expand == Expand::kNot) continue;
         char* to = static_cast<char*>(scratch.mutable_data_ptr()) + i * expanded_bytes;
@@ -293,14 +296,14 @@ Weight check_weight(const char* op, const Tensor& x, const Tensor& packed, int64
   return {static_cast<const char*>(packed.const_data_ptr()), lines * 64, n, k, k, nullptr, nullptr};
 }
 
-const at::BFloat16* check_scale(const char* op, const Tensor& scale, const Weight& w) {
+const uint16_t* check_scale(const char* op, const Tensor& scale, const Weight& w) {
   TORCH_CHECK(w.group == w.k || (w.group > 0 && w.group < w.k && w.group % 4 == 0), op, ": group_size must be K = ", w.k,
               " or a smaller multiple of 4, got ", w.group);
   TORCH_CHECK(w.group <= kMaxGroup, op, ": group_size above ", kMaxGroup, " could overflow int32 sums");
   TORCH_CHECK(scale.is_cpu() && scale.scalar_type() == at::kBFloat16 && scale.is_contiguous() &&
                   scale.sizes() == at::IntArrayRef({w.panels(), w.groups(), kChannels}),
               op, ": scales must be contiguous bfloat16 [", w.panels(), ", ", w.groups(), ", 16], got ", scale.sizes());
-  return scale.const_data_ptr<at::BFloat16>();
+  return static_cast<const uint16_t*>(scale.const_data_ptr());
 }
 
 // The extra 64 bytes keep rows of 2^n inputs off the same cache sets.
@@ -323,6 +326,8 @@ Rows float_rows(const Tensor& x, int64_t multiple) {
   const int64_t missing = ceil_div(x.size(1), multiple) * multiple - x.size(1);
   return {missing ? at::constant_pad_nd(x, {0, missing}) : x, {}, {}, x.size(0)};
 }
+
+}  // namespace
 
 // ---- operators: x float [M, K] -> float32 [M, N] ----
 
@@ -381,8 +386,6 @@ Tensor bf16_linear(const Tensor& x, const Tensor& packed, int64_t n, const optio
 #endif
   return multiply_few(active->bf16, float_rows(checked, 2), w, bias);
 }
-
-}  // namespace
 
 Isa active_isa() { return active->isa; }
 

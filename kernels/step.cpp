@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "linear.h"
 
 namespace {
 
@@ -289,7 +290,31 @@ Tensor rope_append(const Tensor& qkv, const Tensor& cos, const Tensor& sin, cons
 
 // ---- norm and gate ----
 
-// residual float32 [M, H] becomes residual + update; returns its RMSNorm times weight [H].
+INLINE_BODY void norm_rows(float* x, const float* add, const float* w, int64_t h, float eps, int64_t begin, int64_t end, float* y) {
+  for (int64_t r = begin; r < end; ++r) {
+    float *row = x + r * h, *out = y + r * h;
+    if (add)
+      for (int64_t i = 0; i < h; ++i) row[i] += add[r * h + i];
+    Vec squares = {};
+    int64_t i = 0;
+    for (; i + kLanes <= h; i += kLanes) squares += load(row + i) * load(row + i);
+    float sum = 0.f;
+    for (; i < h; ++i) sum += row[i] * row[i];
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += squares[lane];
+    const float scale = 1.f / std::sqrt(sum / static_cast<float>(h) + eps);
+    for (i = 0; i < h; ++i) out[i] = w[i] * (row[i] * scale);
+  }
+}
+#if defined(__x86_64__)
+TARGET_AVX512 void norm_avx512(float* x, const float* add, const float* w, int64_t h, float eps, int64_t b, int64_t e, float* y) {
+  norm_rows(x, add, w, h, eps, b, e, y);
+}
+TARGET_AVX2 void norm_avx2(float* x, const float* add, const float* w, int64_t h, float eps, int64_t b, int64_t e, float* y) {
+  norm_rows(x, add, w, h, eps, b, e, y);
+}
+#endif
+
+// residual float32 [..., H] becomes residual + update; returns its RMSNorm times weight [H].
 Tensor add_rms_norm(const Tensor& residual, const optional<Tensor>& update, const Tensor& weight, double eps) {
   const int64_t h = weight.numel(), m = residual.numel() / h;
   TORCH_CHECK(residual.scalar_type() == at::kFloat && residual.is_contiguous() && weight.scalar_type() == at::kFloat &&
@@ -297,20 +322,14 @@ Tensor add_rms_norm(const Tensor& residual, const optional<Tensor>& update, cons
                                                             update->numel() == residual.numel())),
               "add_rms_norm: residual, update and weight must be contiguous float32");
   Tensor out = at::empty(residual.sizes(), at::kFloat);
+  float *x = residual.mutable_data_ptr<float>(), *y = out.mutable_data_ptr<float>(), e = static_cast<float>(eps);
+  const float *add = update ? update->const_data_ptr<float>() : nullptr, *w = weight.const_data_ptr<float>();
   at::parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      float *x = residual.mutable_data_ptr<float>() + r * h, *y = out.mutable_data_ptr<float>() + r * h;
-      const float *add = update ? update->const_data_ptr<float>() + r * h : nullptr, *w = weight.const_data_ptr<float>();
-      float squares[8] = {};
-      for (int64_t i = 0; i < h; ++i) {
-        if (add) x[i] += add[i];
-        squares[i % 8] += x[i] * x[i];
-      }
-      float sum = 0.f;
-      for (float square : squares) sum += square;
-      const float scale = 1.f / std::sqrt(sum / static_cast<float>(h) + static_cast<float>(eps));
-      for (int64_t i = 0; i < h; ++i) y[i] = w[i] * (x[i] * scale);
-    }
+#if defined(__x86_64__)
+    if (active_isa() == Isa::kAvx512) return norm_avx512(x, add, w, h, e, begin, end, y);
+    if (active_isa() == Isa::kAvx2) return norm_avx2(x, add, w, h, e, begin, end, y);
+#endif
+    norm_rows(x, add, w, h, e, begin, end, y);
   });
   return out;
 }
@@ -348,6 +367,40 @@ Tensor silu_mul(const Tensor& gate_up) {
   return out;
 }
 
+// ---- a whole layer ----
+
+enum Kind : int64_t { kInt8, kInt8WeightOnly, kInt4, kBFloat16 };
+
+// residual float32 [B, T, H] of the newest T tokens goes through one decoder layer, in place. Products in their order: qkv,
+// o, gate_up, down; `scales` and `minimums` as their `kinds` want them; `outputs` and `groups` a number each.
+void decoder_layer(const Tensor& residual, at::TensorList norms, at::TensorList packed,
+                   const c10::List<optional<Tensor>>& scales, const c10::List<optional<Tensor>>& minimums,
+                   at::IntArrayRef kinds, at::IntArrayRef outputs, at::IntArrayRef groups, const Tensor& cos,
+                   const Tensor& sin, const Tensor& keys, const Tensor& values, const optional<Tensor>& key_scale,
+                   const optional<Tensor>& value_scale, int64_t past, double scaling, double eps,
+                   const optional<Tensor>& kv_of_head) {
+  TORCH_CHECK(residual.dim() == 3 && norms.size() == 2 && packed.size() == 4 && scales.size() == 4 && minimums.size() == 4 &&
+                  kinds.size() == 4 && outputs.size() == 4 && groups.size() == 4,
+              "decoder_layer: residual [B, T, H], two norms and four products are needed");
+  const int64_t batch = residual.size(0), tokens = residual.size(1);
+  const auto product = [&](size_t i, const Tensor& x) {
+    const Tensor rows = x.reshape({batch * tokens, -1});
+    if (kinds[i] == kBFloat16) return bf16_linear(rows, packed[i], outputs[i], {});
+    const Tensor scale = scales.get(i).value();
+    if (kinds[i] == kInt8) return int8_linear(rows, packed[i], scale, outputs[i], groups[i], {});
+    if (kinds[i] == kInt8WeightOnly) return int8_weight_only_linear(rows, packed[i], scale, outputs[i], groups[i], {});
+    return int4_linear(rows, packed[i], scale, minimums.get(i).value(), outputs[i], groups[i], {});
+  };
+  const Tensor qkv = product(0, add_rms_norm(residual, {}, norms[0], eps)).view({batch, tokens, outputs[0]});
+  const Tensor q = rope_append(qkv, cos, sin, keys, values, key_scale, value_scale, past);
+  const Tensor attended = attend(q, keys, values, key_scale, value_scale, past + tokens, scaling, kv_of_head);
+  const Tensor inputs = add_rms_norm(residual, product(1, attended), norms[1], eps);
+  const Tensor down = product(3, silu_mul(product(2, inputs)));
+  float* x = residual.mutable_data_ptr<float>();
+  const float* add = down.const_data_ptr<float>();
+  for (int64_t i = 0; i < residual.numel(); ++i) x[i] += add[i];
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(tinyopt, m) {
@@ -359,6 +412,10 @@ TORCH_LIBRARY_FRAGMENT(tinyopt, m) {
   m.def(
       "attend(Tensor q, Tensor keys, Tensor values, Tensor? key_scale, Tensor? value_scale, int length, float scaling, "
       "Tensor? kv_of_head=None) -> Tensor");
+  m.def(
+      "decoder_layer(Tensor(a!) residual, Tensor[] norms, Tensor[] packed, Tensor?[] scales, Tensor?[] minimums, "
+      "int[] kinds, int[] outputs, int[] groups, Tensor cos, Tensor sin, Tensor(b!) keys, Tensor(c!) values, "
+      "Tensor(d!)? key_scale, Tensor(e!)? value_scale, int past, float scaling, float eps, Tensor? kv_of_head=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(tinyopt, CPU, m) {
@@ -366,4 +423,5 @@ TORCH_LIBRARY_IMPL(tinyopt, CPU, m) {
   m.impl("silu_mul", silu_mul);
   m.impl("rope_append", rope_append);
   m.impl("attend", attend);
+  m.impl("decoder_layer", decoder_layer);
 }

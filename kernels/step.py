@@ -14,6 +14,46 @@ from kernels.int8 import kernels_run
 FEW_ROWS = 16  # more query rows go through PyTorch's own attention, over keys and values that are expanded once
 
 
+class Products:
+    """Four packed products of a layer (qkv, o, gate_up, down) as one call of the kernel takes them."""
+
+    def __init__(self, layers: list):
+        self.packed = [layer.weight.data for layer in layers]
+        self.scales = [getattr(layer, "scale", None) for layer in layers]
+        self.minimums = [getattr(layer, "minimum", None) for layer in layers]
+        self.kinds = [_kind(layer) for layer in layers]
+        self.outputs = [layer.out_features for layer in layers]
+        self.groups = [getattr(layer, "group_size", layer.in_features) for layer in layers]
+
+
+def is_packed(layer) -> bool:
+    """Whether the kernels multiply with this layer's weights themselves."""
+    weight = getattr(layer, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.dim() == 4 and layer.bias is None
+
+
+def _kind(layer) -> int:
+    """The number that step.cpp knows the layer's product by."""
+    if layer.weight.dtype == torch.bfloat16:
+        return 3
+    return 2 if layer.weight.dtype == torch.uint8 else 0 if layer.int8_activations else 1
+
+
+def decoder_layer(residual: torch.Tensor, layer, cos: torch.Tensor, sin: torch.Tensor, stored, eps: float) -> None:
+    """A whole layer in one call, for few tokens: residual float32 [B, T, H] in place. Its twin is the loop in lean.py."""
+    batch_size, tokens, _ = residual.shape
+    past = stored.length
+    stored.make_room(
+        batch_size, layer.kv_heads, tokens, layer.head_dim, device=residual.device, dtype=torch.float32
+    )
+    stored.length = past + tokens
+    products = layer.products
+    torch.ops.tinyopt.decoder_layer(
+        residual, layer.norms, products.packed, products.scales, products.minimums, products.kinds, products.outputs,
+        products.groups, cos, sin, stored.keys, stored.values, *stored.scales(), past, layer.scaling, eps, layer.kv_of_head,
+    )  # fmt: skip
+
+
 def add_rms_norm(residual: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Adds `update` to `residual` [..., H] in place and returns its RMSNorm times `weight` [H] (Zhang and Sennrich 2019)."""
     if kernels_run(residual):

@@ -18,6 +18,11 @@ TARGET_AVX512 inline __m512i line_at(const void* w, int64_t line) {
   return _mm512_loadu_si512(p);
 }
 
+TARGET_AVX512 INLINE_BODY __m512 sixteen_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16));
+}
+
 // vpdpbusd multiplies unsigned by signed bytes, exactly. Flipping the top bit of a weight adds 128 to it; the sums start
 // at -128 * (sum of the inputs) to take that back. Sums may wrap on the way: the last one fits.
 template <int R>
@@ -34,7 +39,7 @@ TARGET_AVX512 void int8_avx512(const Tile& t) {
       const __m512i w = _mm512_xor_si512(line_at(t.w, s), top_bits);
       for (int r = 0; r < R; ++r) sum[r] = _mm512_dpbusd_epi32(sum[r], w, _mm512_set1_epi32(x[r * stride + s]));
     }
-    const __m512 w_scale = _mm512_loadu_ps(t.w_scale + g * kChannels);
+    const __m512 w_scale = sixteen_bf16(t.w_scale + g * kChannels);
     for (int r = 0; r < R; ++r) {
       const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(t.x_scale[r * groups + g]), w_scale);
       out[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[r]), scale, out[r]);
@@ -61,8 +66,8 @@ TARGET_AVX512 void int4_avx512(const Tile& t) {
         high[r] = _mm512_dpbusd_epi32(high[r], w1, _mm512_set1_epi32(x[r * stride + 2 * s + 1]));
       }
     }
-    const __m512 w_scale = _mm512_loadu_ps(t.w_scale + g * kChannels);
-    const __m512 w_min = _mm512_loadu_ps(t.w_min + g * kChannels);
+    const __m512 w_scale = sixteen_bf16(t.w_scale + g * kChannels);
+    const __m512 w_min = sixteen_bf16(t.w_min + g * kChannels);
     for (int r = 0; r < R; ++r) {
       const float x_scale = t.x_scale[r * groups + g];
       const __m512 sum = _mm512_cvtepi32_ps(_mm512_add_epi32(low[r], high[r]));
@@ -92,7 +97,7 @@ TARGET_AVX512 void weight_only_avx512(const Tile& t) {
     }
     for (int r = 0; r < R; ++r) {
       for (int p = 1; p < kParts; ++p) sum[0][r] = _mm512_add_ps(sum[0][r], sum[p][r]);
-      out[r] = _mm512_fmadd_ps(sum[0][r], _mm512_loadu_ps(t.w_scale + g * kChannels), out[r]);
+      out[r] = _mm512_fmadd_ps(sum[0][r], sixteen_bf16(t.w_scale + g * kChannels), out[r]);
     }
   }
   for (int r = 0; r < R; ++r) _mm512_storeu_ps(t.out + r * kChannels, out[r]);
