@@ -140,7 +140,7 @@ struct Rows {
 // halves that are dealt out beforehand wait for the slower thread, product after product.
 template <class Work>
 void share_panels(int64_t panels, int64_t bytes, const Work& work) {
-  const int64_t threads = bytes < kWorthAThread ? 1 : at::get_num_threads(), share = std::max<int64_t>(1, panels / threads / 8);
+  const int64_t threads = bytes < kWorthAThread ? 1 : at::get_num_threads(), share = std::max<int64_t>(1, panels / threads / 32);
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t first; (first = next.fetch_add(share)) < panels;) work(first, std::min(first + share, panels));

@@ -223,13 +223,12 @@ TARGET_AVX2 NO_PRE void int4_avx2(const Tile& t) {
 
 template <int R>
 TARGET_AVX2 void weight_only_avx2(const Tile& t) {
-  constexpr int kParts = R == 1 ? 4 : R == 2 ? 2 : 1;  // an FMA takes 4 cycles: 8 independent sums hide that
   const auto* x = static_cast<const float*>(t.x);
   const auto* w = static_cast<const __m256i*>(t.w);
   const int64_t steps = ceil_div(t.k, 4), group_steps = ceil_div(t.group, 4), groups = ceil_div(t.k, t.group);
   __m256 out[R][2] = {};
   for (int64_t g = 0, s = 0; g < groups; ++g) {
-    __m256 sum[kParts][R][2] = {};
+    __m256 sum[R][2] = {};
     for (const int64_t end = std::min(s + group_steps, steps); s < end; ++s) {
       const __m256i a = _mm256_loadu_si256(w + 2 * s), b = _mm256_loadu_si256(w + 2 * s + 1);
       _mm_prefetch(w + 2 * s + kPrefetch / 32, _MM_HINT_T0);
@@ -239,15 +238,14 @@ TARGET_AVX2 void weight_only_avx2(const Tile& t) {
         const __m256 fb = _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(b, 24 - 8 * k), 24));
         for (int r = 0; r < R; ++r) {
           const __m256 v = _mm256_set1_ps(x[r * t.x_stride + 4 * s + k]);
-          sum[k % kParts][r][0] = _mm256_fmadd_ps(fa, v, sum[k % kParts][r][0]);
-          sum[k % kParts][r][1] = _mm256_fmadd_ps(fb, v, sum[k % kParts][r][1]);
+          sum[r][0] = _mm256_fmadd_ps(fa, v, sum[r][0]);
+          sum[r][1] = _mm256_fmadd_ps(fb, v, sum[r][1]);
         }
       }
     }
     for (int r = 0; r < R; ++r) {
       for (int i = 0; i < 2; ++i) {
-        for (int p = 1; p < kParts; ++p) sum[0][r][i] = _mm256_add_ps(sum[0][r][i], sum[p][r][i]);
-        out[r][i] = _mm256_fmadd_ps(sum[0][r][i], eight_bf16(t.w_scale + g * kChannels + 8 * i), out[r][i]);
+        out[r][i] = _mm256_fmadd_ps(sum[r][i], eight_bf16(t.w_scale + g * kChannels + 8 * i), out[r][i]);
       }
     }
   }
@@ -257,11 +255,10 @@ TARGET_AVX2 void weight_only_avx2(const Tile& t) {
 
 template <int R>
 TARGET_AVX2 void bf16_avx2(const Tile& t) {
-  constexpr int kParts = R == 1 ? 2 : 1;  // even and odd inputs apart, for the same reason
   const auto* x = static_cast<const float*>(t.x);
   const auto* w = static_cast<const __m256i*>(t.w);
   const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-  __m256 sum[2][R][2] = {};
+  __m256 sum[R][2] = {};
   for (int64_t s = 0; s < ceil_div(t.k, 2); ++s) {
     _mm_prefetch(w + 2 * s + kPrefetch / 32, _MM_HINT_T0);
     for (int i = 0; i < 2; ++i) {
@@ -270,14 +267,13 @@ TARGET_AVX2 void bf16_avx2(const Tile& t) {
       const __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(word, upper));
       for (int r = 0; r < R; ++r) {
         const float* v = x + r * t.x_stride + 2 * s;
-        sum[0][r][i] = _mm256_fmadd_ps(even, _mm256_set1_ps(v[0]), sum[0][r][i]);
-        sum[kParts - 1][r][i] = _mm256_fmadd_ps(odd, _mm256_set1_ps(v[1]), sum[kParts - 1][r][i]);
+        sum[r][i] = _mm256_fmadd_ps(even, _mm256_set1_ps(v[0]), sum[r][i]);
+        sum[r][i] = _mm256_fmadd_ps(odd, _mm256_set1_ps(v[1]), sum[r][i]);
       }
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int i = 0; i < 2; ++i)
-      _mm256_storeu_ps(t.out + r * kChannels + 8 * i, _mm256_add_ps(sum[0][r][i], sum[1][r][i]));
+    for (int i = 0; i < 2; ++i) _mm256_storeu_ps(t.out + r * kChannels + 8 * i, sum[r][i]);
 }
 #endif
 

@@ -80,7 +80,7 @@ TARGET_AVX512 void int4_avx512(const Tile& t) {
 
 template <int R>
 TARGET_AVX512 void weight_only_avx512(const Tile& t) {
-  constexpr int kParts = R <= 2 ? 4 : 1;  // an FMA takes 4 cycles
+  constexpr int kParts = 2;  // an FMA takes 4 cycles; the same order of sums for any number of rows
   const auto* x = static_cast<const float*>(t.x);
   const int64_t steps = ceil_div(t.k, 4), group_steps = ceil_div(t.group, 4), groups = ceil_div(t.k, t.group);
   __m512 out[R] = {};
@@ -107,7 +107,7 @@ template <int R>
 TARGET_AVX512 void bf16_avx512(const Tile& t) {
   const auto* x = static_cast<const float*>(t.x);
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  __m512 even[2][R] = {}, odd[2][R] = {};  // two of each: an FMA takes 4 cycles
+  __m512 even[R] = {}, odd[R] = {};
   const int64_t steps = ceil_div(t.k, 2);
   for (int64_t s = 0; s < steps; ++s) {
     const __m512i word = line_at(t.w, s);
@@ -115,15 +115,11 @@ TARGET_AVX512 void bf16_avx512(const Tile& t) {
     const __m512 w1 = _mm512_castsi512_ps(_mm512_and_si512(word, upper));
     for (int r = 0; r < R; ++r) {
       const float* v = x + r * t.x_stride + 2 * s;
-      even[0][r] = _mm512_fmadd_ps(w0, _mm512_set1_ps(v[0]), even[0][r]);
-      odd[0][r] = _mm512_fmadd_ps(w1, _mm512_set1_ps(v[1]), odd[0][r]);
+      even[r] = _mm512_fmadd_ps(w0, _mm512_set1_ps(v[0]), even[r]);
+      odd[r] = _mm512_fmadd_ps(w1, _mm512_set1_ps(v[1]), odd[r]);
     }
-    if constexpr (R == 1) std::swap(even[0], even[1]), std::swap(odd[0], odd[1]);
   }
-  for (int r = 0; r < R; ++r) {
-    const __m512 sum = _mm512_add_ps(_mm512_add_ps(even[0][r], even[1][r]), _mm512_add_ps(odd[0][r], odd[1][r]));
-    _mm512_storeu_ps(t.out + r * kChannels, sum);
-  }
+  for (int r = 0; r < R; ++r) _mm512_storeu_ps(t.out + r * kChannels, _mm512_add_ps(even[r], odd[r]));
 }
 
 }  // namespace
