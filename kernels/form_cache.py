@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from kernels.int4 import pack_nibbles, unpack_nibbles
 
-VERSION = 1  # to be raised when gptq.py, blockwise.py or the rounding in int4.py find other codes
+VERSION = 2  # to be raised when gptq.py, blockwise.py or the rounding in int4.py find other codes
 
 
 def cache_folder() -> Path:
@@ -43,6 +44,26 @@ def load_forms(key: str, shapes: dict[str, tuple[int, int]]) -> dict | None:
         }
     except (OSError, SafetensorError, KeyError):
         return None
+
+
+def load_costs(key: str) -> dict[str, float] | None:
+    """Costs by layer name as save_costs wrote them, or None."""
+    try:
+        return json.loads((cache_folder() / f"costs-{key}.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def save_costs(key: str, costs: dict[str, float]) -> None:
+    """Like save_forms, for what sensitivity.loss_increases has measured."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
+            (Path(scratch) / "costs").write_text(json.dumps(costs))
+            (Path(scratch) / "costs").replace(folder / f"costs-{key}.json")
+    except OSError:
+        return
 
 
 def save_forms(key: str, forms: dict) -> None:

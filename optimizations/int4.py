@@ -35,7 +35,7 @@ import cli
 from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.blockwise import STAGES, round_blockwise
-from kernels.form_cache import cache_key, load_forms, save_forms
+from kernels.form_cache import cache_key, load_costs, load_forms, save_costs, save_forms
 from kernels.int4 import GROUP_SIZES, dequantize_int4, quantize_int4
 from kernels.int4_modules import Int4Linear, Int4Table
 from kernels.int8_modules import Int8Linear, Int8Table
@@ -48,7 +48,7 @@ SENSITIVITY_TOKENS = 2048
 
 def apply(
     model, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, calibration_tokens: int = 16384,
+    damping: float = 0.01, correction: float = 0.5, calibration_tokens: int = 16384,
 ):  # fmt: skip
     """Quantise in place; sets `model.effective_bits`, stored bits per weight over linear layers and embedding.
 
@@ -58,7 +58,7 @@ def apply(
     """
     check(
         model.config, group_size=group_size, rounding=rounding, int8_layers=int8_layers, max_bits=max_bits,
-        damping=damping, calibration_tokens=calibration_tokens,
+        damping=damping, correction=correction, calibration_tokens=calibration_tokens,
     )  # fmt: skip
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     expected = 1 + len(model.model.layers) * sum(len(stage) for stage in STAGES)
@@ -68,11 +68,12 @@ def apply(
     if not real and rounding == "gptq":
         rounding = "nearest"
         notes.append("random weights have no text to calibrate on: rounded to nearest, int8 layers by position")
+    upgraded = _int8_names(model, linears, int8_layers, max_bits=max_bits, group_size=group_size)
     forms = {}
     if rounding == "gptq":
         ids = calibration.calibration_ids(model, tokens=calibration_tokens)
-        forms = _gptq_forms(model, ids, group_size=group_size, damping=damping, tied=tied)
-    upgraded = _int8_names(model, linears, forms, int8_layers, max_bits=max_bits, group_size=group_size)
+        options = {"group_size": group_size, "damping": damping, "correction": correction}
+        forms = _gptq_forms(model, ids, tied=tied, int8=upgraded, **options)
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
         if name in upgraded:
@@ -94,7 +95,7 @@ def apply(
 
 def check(
     config, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, calibration_tokens: int = 16384,
+    damping: float = 0.01, correction: float = 0.5, calibration_tokens: int = 16384,
 ) -> None:  # fmt: skip
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if group_size not in GROUP_SIZES:
@@ -105,6 +106,8 @@ def check(
         raise ValueError(f"--max-bits {max_bits:g}: int4 in groups of {group_size} takes {4 + 32 / group_size:g} or more")
     if not 0 < damping < 1:
         raise ValueError(f"--damping {damping:g}: choose a number between 0 and 1, e.g. 0.01")
+    if not 0 <= correction <= 1:
+        raise ValueError(f"--correction {correction:g}: choose a number from 0 to 1")
     if calibration_tokens < 512:
         raise ValueError(f"--calibration-tokens {calibration_tokens}: choose 512 or more")
     if int8_layers not in ("auto", "none"):
@@ -119,18 +122,18 @@ def effective_bits(model) -> float:
     return 8 * sum(stored.values()) / weights
 
 
-def _gptq_forms(model, ids: torch.Tensor, *, group_size: int, damping: float, tied: bool) -> dict:
+def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, int8: list[str], **options) -> dict:
     """Codes, scale and minimum by layer name, from the cache if this very model was rounded before."""
-    shapes = {name: module.weight.shape for name, module in model.named_modules() if type(module) is nn.Linear}
-    key = cache_key(model, ids, group_size=group_size, damping=damping)
-    forms = load_forms(key, shapes)
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    key = cache_key(model, ids, int8=sorted(int8), **options)
+    forms = load_forms(key, {name: linear.weight.shape for name, linear in linears.items() if name not in int8})
     if forms is None:
-        forms = round_blockwise(model, ids, group_size=group_size, damping=damping, tied=tied)
+        forms = round_blockwise(model, ids, tied=tied, int8=int8, **options)
         save_forms(key, forms)
     return {name: tuple(part.to(model.device) for part in form) for name, form in forms.items()}
 
 
-def _int8_names(model, linears: dict, forms: dict, int8_layers: str, *, max_bits: float, group_size: int) -> list[str]:
+def _int8_names(model, linears: dict, int8_layers: str, *, max_bits: float, group_size: int) -> list[str]:
     """Which layers get int8, the embedding among them where it is a table of its own."""
     tied = is_tied(model)
     if int8_layers == "none":
@@ -144,24 +147,29 @@ def _int8_names(model, linears: dict, forms: dict, int8_layers: str, *, max_bits
     if model.source.random_weights:
         costs = costs_by_position(added, len(model.model.layers))
     else:
-        costs = _measured_costs(model, candidates, forms, group_size=group_size, tied=tied)
+        costs = _measured_costs(model, candidates, group_size=group_size, tied=tied)
     return choose_upgrades(costs, added, max_bits * sum(n * k for n, k in shapes.values()) - spent)
 
 
-def _measured_costs(model, candidates: dict, forms: dict, *, group_size: int, tied: bool) -> dict[str, float]:
+def _measured_costs(model, candidates: dict, *, group_size: int, tied: bool) -> dict[str, float]:
+    """What rounding each layer alone to nearest costs, in nats per token; from the cache if measured before."""
+    ids = calibration.calibration_ids(model, tokens=SENSITIVITY_TOKENS)
+    key = cache_key(model, ids, group_size=group_size)
+    if (known := load_costs(key)) is not None:
+        return known
+
     def change(name: str) -> torch.Tensor:
         weight = candidates[name].weight.data
-        form = forms[name] if name in forms else quantize_int4(weight, group_size)
-        return dequantize_int4(*form, group_size) - weight
+        return dequantize_int4(*quantize_int4(weight, group_size, search=False), group_size) - weight
 
     changes = {name: functools.partial(change, name) for name in candidates}
     if tied:
         changes[TABLE] = changes["lm_head"]
     print("int4: measuring which layers need int8", file=sys.stderr, flush=True)
-    ids = calibration.calibration_ids(model, tokens=SENSITIVITY_TOKENS)
     costs = loss_increases(model, ids, changes)
     if tied:
         costs["lm_head"] += costs.pop(TABLE)
+    save_costs(key, costs)
     return costs
 
 
@@ -212,6 +220,8 @@ def main(argv: list[str] | None = None) -> int:
         help="effective bits a weight up to which auto chooses (default: %(default)s)")  # fmt: skip
     parser.add_argument("--damping", type=float, default=defaults["damping"],
         help="GPTQ: share of the mean second moment that is added to each (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--correction", type=float, default=defaults["correction"],
+        help="GPTQ: share of the earlier layers' errors that each layer makes good (default: %(default)s)")  # fmt: skip
     parser.add_argument("--calibration-tokens", type=int, default=defaults["calibration_tokens"], help="default: %(default)s")
     args = cli.parse(parser, argv)
     options = {name: getattr(args, name) for name in defaults}

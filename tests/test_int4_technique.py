@@ -12,7 +12,8 @@ import benchmark
 import calibration
 import cli
 import kernels.blockwise
-from kernels.form_cache import cache_folder
+from kernels import form_cache
+from kernels.blockwise import corrected
 from kernels.int4_modules import Int4Linear
 from kernels.int8_modules import Int8Linear
 from kernels.sensitivity import added_bits, choose_upgrades, loss_increases
@@ -25,7 +26,7 @@ CALIBRATION = torch.randint(1, 97, (4, 64), generator=torch.Generator().manual_s
 @pytest.fixture(autouse=True)
 def calibrated(monkeypatch, tmp_path):
     """A cache of its own, and random ids for text."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(form_cache, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.setattr(calibration, "calibration_ids", lambda model, **_: CALIBRATION)
 
 
@@ -73,16 +74,33 @@ def test_bytes_fall_and_bits_are_counted(shape, tied, ids):
 def test_gptq_keeps_more_than_rounding_to_nearest():
     exact = logits_of(tiny(), CALIBRATION)
 
-    def error(rounding):
-        return (logits_of(int4.apply(tiny(), rounding=rounding, int8_layers="none"), CALIBRATION) - exact).square().mean()
+    def error(**options):
+        return (logits_of(int4.apply(tiny(), int8_layers="none", **options), CALIBRATION) - exact).square().mean()
 
-    assert error("gptq") < 0.7 * error("nearest")
+    uncorrected = error(correction=0)
+    assert uncorrected < 0.8 * error(rounding="nearest")
+    assert error(correction=0.5) < 0.8 * uncorrected
+
+
+def test_correction_finds_the_weights_for_the_inputs_there_are():
+    """Where inputs come out scaled, the weights that undo it; where they come out right, the weights as they are."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(5, 8, generator=generator), torch.randn(500, 8, generator=generator)
+    scales = torch.linspace(0.5, 2, 8)
+    moments, cross = (x * scales).T @ (x * scales) / 500, x.T @ (x * scales) / 500
+    assert torch.allclose(corrected(weight, moments, cross, 1.0, 1e-9), weight / scales, atol=1e-4)
+    assert torch.allclose(corrected(weight, moments, cross, 0.5, 1e-9), (weight + weight / scales) / 2, atol=1e-4)
+    assert torch.equal(corrected(weight, moments, moments, 1.0, 0.01), weight)
 
 
 def test_the_model_is_only_borrowed_while_it_is_walked():
     model = tiny()
     modules, before = dict(model.named_modules()), {name: p.clone() for name, p in model.named_parameters()}
-    kernels.blockwise.round_blockwise(model, CALIBRATION, group_size=32, damping=0.01, tied=False)
+    int8 = ["model.layers.1.mlp.up_proj", "lm_head"]
+    forms = kernels.blockwise.round_blockwise(
+        model, CALIBRATION, group_size=32, damping=0.01, tied=False, correction=0.5, int8=int8
+    )
+    assert len(forms) == 3 * 7 - 1 and not set(int8) & set(forms)
     assert dict(model.named_modules()) == modules
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
@@ -126,7 +144,7 @@ def test_the_second_run_reads_what_the_first_wrote(monkeypatch, ids):
     first = int4.apply(tiny(), max_bits=6)
     monkeypatch.setattr(int4, "round_blockwise", None)
     assert torch.equal(logits_of(int4.apply(tiny(), max_bits=6), ids), logits_of(first, ids))
-    (file,) = cache_folder().glob("*.safetensors")
+    (file,) = form_cache.cache_folder().glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(TypeError):  # half a file counts as none
         int4.apply(tiny(), max_bits=6)
@@ -138,7 +156,7 @@ def test_random_weights_are_rounded_to_nearest_and_say_so(monkeypatch):
     monkeypatch.setattr(int4, "round_blockwise", None)
     model = int4.apply(tiny(random_weights=True), max_bits=6)
     assert "random weights" in model.notes[-1] and "lm_head" in kinds(model, Int8Linear)
-    assert not cache_folder().exists()
+    assert not form_cache.cache_folder().exists()
 
 
 def test_works_after_smoothing_and_pruning(ids):
@@ -150,7 +168,7 @@ def test_works_after_smoothing_and_pruning(ids):
 
 BAD = [
     {"group_size": 48}, {"rounding": "up"}, {"int8_layers": "mlp2"}, {"int8_layers": ","}, {"max_bits": 4.4}, {"damping": 0},
-    {"calibration_tokens": 1}, {"int8_layers": "layers.3.mlp.down_proj"},
+    {"correction": 2},    {"calibration_tokens": 1}, {"int8_layers": "layers.3.mlp.down_proj"},
 ]  # fmt: skip
 
 
