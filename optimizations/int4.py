@@ -4,15 +4,17 @@ Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in 
         inputs: 4.5 bits a weight in groups of 64. Inputs are int8 per token and group, so the products stay integers.
         Rounding each weight to its nearest code costs a small model a fifth of its quality. GPTQ, the default, rounds one
         input after another and lets those to come make good the error, as second moments of the layer's inputs on
-        calibration text tell; then grid and codes are improved in turn. Blocks are visited in order, so that each layer
-        sees what the rounded layers before it hand on. The result is cached in ~/.cache/tinyllama-optimization.
+        calibration text tell; then grid and codes are improved in turn. Blocks are visited in order: each layer sees what
+        the rounded layers before it hand on, and its weights first move towards those that give the float model's
+        outputs on these inputs (`--correction`). The result is cached in ~/.cache/tinyllama-optimization.
 Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss most per bit int8 instead, as far as
         `--max-bits` allows: 4.6 is int4 with a few exceptions, 6 a mixture. `none`, or names, choose by hand.
 Helps   Decode at batch 1 is bound by reading weights: half the bytes of int8.
 Loses   Quality, against int8. Minutes of calibration the first time. SmolLM2's file was rounded before, to another grid
         (Q4_1: groups of 32): its weights are 4-bit values already, but not ours. Random weights are rounded to nearest.
 Papers  Frantar et al. 2022 (GPTQ): https://arxiv.org/abs/2210.17323
-        Behdin et al. 2023 (QuantEase): https://arxiv.org/abs/2309.01885
+        Behdin et al. 2023 (QuantEase, codes improved in turn): https://arxiv.org/abs/2309.01885
+        Arai and Ichikawa 2025 (QEP, the correction): https://arxiv.org/abs/2504.09629
         Dong et al. 2020 (HAWQ-V2, which layers need more bits): https://arxiv.org/abs/1911.03852
 Writes  int4_results.json beside the baseline's, and charts, in the results folder.
 

@@ -168,7 +168,7 @@ def test_works_after_smoothing_and_pruning(ids):
 
 BAD = [
     {"group_size": 48}, {"rounding": "up"}, {"int8_layers": "mlp2"}, {"int8_layers": ","}, {"max_bits": 4.4}, {"damping": 0},
-    {"correction": 2},    {"calibration_tokens": 1}, {"int8_layers": "layers.3.mlp.down_proj"},
+    {"correction": 2}, {"calibration_tokens": 1}, {"int8_layers": "layers.3.mlp.down_proj"},
 ]  # fmt: skip
 
 
