@@ -5,8 +5,8 @@ Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in 
         Rounding each weight to its nearest code costs a small model a fifth of its quality. GPTQ, the default, rounds one
         input after another and lets those to come make good the error, as second moments of the layer's inputs on
         calibration text tell; then grid and codes are improved in turn. Blocks are visited in order: each layer sees what
-        the rounded layers before it hand on, and its weights first move towards those that give the float model's
-        outputs on these inputs (`--correction`). The result is cached in ~/.cache/tinyllama-optimization.
+        the rounded layers before it hand on; with `--correction` its weights first move towards those that give the float
+        model's outputs on these inputs. The result is cached in ~/.cache/tinyllama-optimization.
 Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss most per bit int8 instead, as far as
         `--max-bits` allows: 4.6 is int4 with a few exceptions, 6 a mixture. `none`, or names, choose by hand.
 Helps   Decode at batch 1 is bound by reading weights: half the bytes of int8.
@@ -50,7 +50,7 @@ SENSITIVITY_TOKENS = 2048
 
 def apply(
     model, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, correction: float = 0.5, calibration_tokens: int = 16384,
+    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384,
 ):  # fmt: skip
     """Quantise in place; sets `model.effective_bits`, stored bits per weight over linear layers and embedding.
 
@@ -97,7 +97,7 @@ def apply(
 
 def check(
     config, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, correction: float = 0.5, calibration_tokens: int = 16384,
+    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384,
 ) -> None:  # fmt: skip
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if group_size not in GROUP_SIZES:
