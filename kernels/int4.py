@@ -44,14 +44,15 @@ def quantize_int4(
         rows = slice(first, first + step)
         values, real = _grouped(weight[rows].float(), group_size)
         scale[rows], minimum[rows] = _best_range(values, real, SHRUNKEN if search else SHRUNKEN[:1])
-        codes[rows] = round_to_levels(values, scale[rows], minimum[rows]).flatten(1)[:, :k].to(torch.uint8)
+        levels = round_to_levels(values, scale[rows], minimum[rows]).flatten(1)[:, :k]
+        codes[rows] = levels.to(torch.uint8).clamp_(max=LEVELS)  # where a weight is NaN, its cast could be anything
     return codes, scale, minimum
 
 
 def round_to_levels(values: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
     """The nearest code of each of values [..., E], float32 in 0..15; scale and minimum [...] are shared by the last axis."""
-    scale, minimum = scale.float().unsqueeze(-1), minimum.float().unsqueeze(-1)
-    return torch.where(scale > 0, ((values - minimum) / scale).round().clamp(0, LEVELS), 0)
+    steps = torch.where(scale > 0, scale, torch.inf).float().unsqueeze(-1)  # a group of equal weights has code 0
+    return (values - minimum.float().unsqueeze(-1)).div_(steps).round_().clamp_(0, LEVELS)
 
 
 def dequantize_int4(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -155,7 +156,7 @@ def _grouped(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch
 
 def _best_range(values: torch.Tensor, real: torch.Tensor | None, shares) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and minimum, bfloat16 [N, G], of the shrunken range with the smallest squared error for values [N, G, E]."""
-    low, high = values.amin(-1), values.amax(-1)
+    low, high = values.aminmax(dim=-1)
     best_error, best = None, None
     for share in shares:
         cut = (1 - share) / 2 * (high - low)

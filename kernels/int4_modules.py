@@ -49,3 +49,24 @@ class Int4Linear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, group={self.group_size}"
+
+
+class Int4Table(nn.Module):
+    """An embedding table in int4 rows; `shared` is the lm_head (anything with `rows`) it looks up in where the two are tied."""
+
+    def __init__(self, source: nn.Embedding, *, group_size: int, shared: nn.Module | None = None):
+        super().__init__()
+        self.shared, self.group_size, self.width = shared, group_size, source.embedding_dim
+        self.logical_parameters = 0 if shared is not None else source.weight.numel()
+        if shared is None:
+            codes, scale, minimum = quantize_int4(source.weight.data, group_size)
+            self.register_buffer("weight", pack_nibbles(codes))
+            self.register_buffer("scale", scale)
+            self.register_buffer("minimum", minimum)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Rows for `ids` [...]: float32 [..., width]."""
+        if self.shared is not None:
+            return self.shared.rows(ids)
+        codes = unpack_nibbles(self.weight[ids], self.width)
+        return dequantize_int4(codes, self.scale[ids], self.minimum[ids], self.group_size)

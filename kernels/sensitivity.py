@@ -1,0 +1,83 @@
+"""How much each layer's rounding costs: the loss, not the layer's own error, decides where more bits pay.
+
+To second order the loss grows by half the mean of (g . dy)^2, with dy = (W' - W) x the change of a layer's output at a
+token and g the gradient of that sequence's loss at the same place: the Fisher information stands for the Hessian (as in
+HAWQ-V2, Dong et al. 2020: https://arxiv.org/abs/1911.03852, and SqueezeLLM, Kim et al. 2023:
+https://arxiv.org/abs/2306.07629). One forward and one backward pass of the float model serve all layers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+
+def loss_increases(model, ids: torch.Tensor, changes: dict[str, Callable[[], torch.Tensor]]) -> dict[str, float]:
+    """Estimated increase of the mean loss, in nats per token, for each layer if it alone were rounded.
+
+    Args:
+        model: a LlamaForCausalLM in floating point.
+        ids: int64 [windows, tokens] of calibration text.
+        changes: by name of an nn.Linear or of the nn.Embedding, a function that gives W' - W, float32 [N, K].
+    """
+    totals = {name: 0.0 for name in changes}
+    embedding = model.get_input_embeddings()
+
+    def watch(name: str):
+        def hook(module, inputs, output):
+            with torch.no_grad():
+                change = changes[name]()
+                moved = F.embedding(inputs[0], change) if module is embedding else F.linear(inputs[0], change)
+
+            def collect(gradient):
+                totals[name] += 0.5 * (gradient * moved).sum(-1).square().sum().item()
+
+            if not output.requires_grad:
+                output.requires_grad_(True)
+            output.register_hook(collect)
+
+        return hook
+
+    # The embedding comes first: with its output requiring gradients, every later one does.
+    handles = [embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_(True))]
+    handles += [model.get_submodule(name).register_forward_hook(watch(name)) for name in changes]
+    try:
+        with torch.enable_grad():
+            for window in ids:
+                logits = model(input_ids=window[None], use_cache=False).logits[0, :-1].float()
+                F.cross_entropy(logits, window[1:], reduction="sum").backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / (ids.numel() - len(ids)) for name, total in totals.items()}
+
+
+def choose_upgrades(costs: dict[str, float], added_bits: dict[str, float], budget_bits: float) -> list[str]:
+    """Names to give more bits, by falling cost per added bit, each only if it still fits the budget; in that order."""
+    chosen = []
+    for name in sorted(costs, key=lambda name: -costs[name] / added_bits[name]):
+        if added_bits[name] <= budget_bits:
+            chosen.append(name)
+            budget_bits -= added_bits[name]
+    return chosen
+
+
+def added_bits(shapes: dict[str, tuple[int, int]], group_size: int) -> tuple[dict[str, float], int]:
+    """What int8 instead of int4 adds to each layer [N, K], scales included, and the bits of all layers in int4."""
+    added, spent = {}, 0
+    for name, (n, k) in shapes.items():
+        groups = -(-k // group_size)
+        int4, int8 = n * (8 * -(-k // 2) + 32 * groups), n * (8 * k + 32 * groups)  # bfloat16 pairs; float32 scales
+        added[name], spent = int8 - int4, spent + int4
+    return added, spent
+
+
+def costs_by_position(added: dict[str, float], blocks: int) -> dict[str, float]:
+    """A rule instead of a measurement, for weights without meaning: lm_head first, then down_proj from both ends inwards."""
+    ranks = dict.fromkeys(added, 0.0)
+    for index in range(blocks):
+        ranks[f"model.layers.{index}.mlp.down_proj"] = 1 / (1 + min(index, blocks - 1 - index))
+    ranks["lm_head"] = 2.0
+    return {name: ranks[name] * added[name] for name in added if ranks[name]}

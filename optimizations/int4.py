@@ -1,0 +1,234 @@
+"""Int4: every linear layer's weights as 4-bit codes in groups of 64, an eighth of the bytes of float32.
+
+Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in bfloat16 for each group of consecutive
+        inputs: 4.5 bits a weight in groups of 64. Inputs are int8 per token and group, so the products stay integers.
+        Rounding each weight to its nearest code costs a small model a fifth of its quality. GPTQ, the default, rounds one
+        input after another and lets those to come make good the error, as second moments of the layer's inputs on
+        calibration text tell; then grid and codes are improved in turn. Blocks are visited in order: each layer sees what
+        the rounded layers before it hand on; with `--correction` its weights first move towards those that give the float
+        model's outputs on these inputs. The result is cached in ~/.cache/tinyllama-optimization.
+Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss most per bit int8 instead, as far as
+        `--max-bits` allows: 4.6 is int4 with a few exceptions, 6 a mixture. `none`, or names, choose by hand.
+Helps   Decode at batch 1 is bound by reading weights: half the bytes of int8.
+Loses   Quality, against int8. Minutes of calibration the first time. SmolLM2's file was rounded before, to another grid
+        (Q4_1: groups of 32): its weights are 4-bit values already, but not ours. Random weights are rounded to nearest.
+Papers  Frantar et al. 2022 (GPTQ): https://arxiv.org/abs/2210.17323
+        Behdin et al. 2023 (QuantEase, codes improved in turn): https://arxiv.org/abs/2309.01885
+        Arai and Ichikawa 2025 (QEP, the correction): https://arxiv.org/abs/2504.09629
+        Dong et al. 2020 (HAWQ-V2, which layers need more bits): https://arxiv.org/abs/1911.03852
+Writes  int4_results.json beside the baseline's, and charts, in the results folder.
+
+    python optimizations/int4.py
+    python optimizations/int4.py --max-bits 6 --model smollm2-135m
+    python optimizations/int4.py --rounding nearest --int8-layers none
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import Counter
+
+import torch
+from torch import nn
+
+import calibration
+import cli
+from inference import Inference
+from kernels.attention import use_grouped_heads
+from kernels.blockwise import STAGES, round_blockwise
+from kernels.form_cache import cache_key, load_costs, load_forms, save_costs, save_forms
+from kernels.int4 import GROUP_SIZES, dequantize_int4, quantize_int4
+from kernels.int4_modules import Int4Linear, Int4Table
+from kernels.int8_modules import Int8Linear, Int8Table
+from kernels.modules import is_tied, replace_linears
+from kernels.sensitivity import added_bits, choose_upgrades, costs_by_position, loss_increases
+
+TABLE = "model.embed_tokens"
+SENSITIVITY_TOKENS = 2048
+
+
+def apply(
+    model, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
+    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384,
+):  # fmt: skip
+    """Quantise in place; sets `model.effective_bits`, stored bits per weight over linear layers and embedding.
+
+    `int8_layers` is auto (the most sensitive, up to `max_bits` effective bits), none, or names separated by commas: a kind
+    (down_proj, lm_head) or one layer (layers.3.mlp.down_proj). A tied table has the precision of lm_head.
+    Raises ValueError if a linear layer is no longer nn.Linear.
+    """
+    check(
+        model.config, group_size=group_size, rounding=rounding, int8_layers=int8_layers, max_bits=max_bits,
+        damping=damping, correction=correction, calibration_tokens=calibration_tokens,
+    )  # fmt: skip
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    expected = 1 + len(model.model.layers) * sum(len(stage) for stage in STAGES)
+    if len(linears) != expected:
+        raise ValueError("no nn.Linear left to quantize: apply int4 once, to a model in floating point")
+    notes, tied, real = [], is_tied(model), not model.source.random_weights
+    if not real and rounding == "gptq":
+        rounding = "nearest"
+        notes.append("random weights have no text to calibrate on: rounded to nearest, int8 layers by position")
+    upgraded = _int8_names(model, linears, int8_layers, max_bits=max_bits, group_size=group_size)
+    forms = {}
+    if rounding == "gptq":
+        ids = calibration.calibration_ids(model, tokens=calibration_tokens)
+        options = {"group_size": group_size, "damping": damping, "correction": correction}
+        forms = _gptq_forms(model, ids, tied=tied, int8=upgraded, **options)
+
+    def make(name: str, linear: nn.Linear) -> nn.Module:
+        if name in upgraded:
+            return Int8Linear(linear, group_size=group_size, int8_activations=True)
+        form = forms.pop(name) if forms else quantize_int4(linear.weight.data, group_size, search=real)
+        return Int4Linear(linear, group_size=group_size, codes=form[0], scale=form[1], minimum=form[2])
+
+    replace_linears(model, make)
+    table = Int8Table if TABLE in upgraded else Int4Table
+    shared = model.lm_head if tied else None
+    model.set_input_embeddings(table(model.get_input_embeddings(), group_size=group_size, shared=shared))
+    use_grouped_heads(model)
+    model.effective_bits = effective_bits(model)
+    kinds = f"{len(upgraded)} of {len(linears) + (not tied)} in int8" + (f" ({_summary(upgraded)})" if upgraded else "")
+    notes.insert(0, f"int4 in groups of {group_size}, {rounding}: {model.effective_bits:.2f} bits a weight, {kinds}")
+    model.notes = [*getattr(model, "notes", []), *notes]
+    return model
+
+
+def check(
+    config, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
+    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384,
+) -> None:  # fmt: skip
+    """What can be known before weights are loaded. Raises ValueError naming the flag."""
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"--group-size {group_size}: choose from {', '.join(map(str, GROUP_SIZES))}")
+    if rounding not in ("gptq", "nearest"):
+        raise ValueError(f"--rounding {rounding}: choose gptq or nearest")
+    if int8_layers == "auto" and max_bits < 4 + 32 / group_size:
+        raise ValueError(f"--max-bits {max_bits:g}: int4 in groups of {group_size} takes {4 + 32 / group_size:g} or more")
+    if not 0 < damping < 1:
+        raise ValueError(f"--damping {damping:g}: choose a number between 0 and 1, e.g. 0.01")
+    if not 0 <= correction <= 1:
+        raise ValueError(f"--correction {correction:g}: choose a number from 0 to 1")
+    if calibration_tokens < 512:
+        raise ValueError(f"--calibration-tokens {calibration_tokens}: choose 512 or more")
+    if int8_layers not in ("auto", "none"):
+        _named(int8_layers, _layer_names(config))
+
+
+def effective_bits(model) -> float:
+    """Stored bits, scales included, per weight of the linear layers and the embedding (a tied table counts once)."""
+    parts = [module for module in model.modules() if isinstance(module, Int4Linear | Int8Linear | Int4Table | Int8Table)]
+    weights = sum(part.logical_parameters for part in parts)
+    stored = {buffer.data_ptr(): buffer.nbytes for part in parts for buffer in part.buffers()}
+    return 8 * sum(stored.values()) / weights
+
+
+def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, int8: list[str], **options) -> dict:
+    """Codes, scale and minimum by layer name, from the cache if this very model was rounded before."""
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    key = cache_key(model, ids, int8=sorted(int8), **options)
+    forms = load_forms(key, {name: linear.weight.shape for name, linear in linears.items() if name not in int8})
+    if forms is None:
+        forms = round_blockwise(model, ids, tied=tied, int8=int8, **options)
+        save_forms(key, forms)
+    return {name: tuple(part.to(model.device) for part in form) for name, form in forms.items()}
+
+
+def _int8_names(model, linears: dict, int8_layers: str, *, max_bits: float, group_size: int) -> list[str]:
+    """Which layers get int8, the embedding among them where it is a table of its own."""
+    tied = is_tied(model)
+    if int8_layers == "none":
+        return []
+    if int8_layers != "auto":
+        names = _named(int8_layers, _layer_names(model.config))
+        return [name for name in names if not (tied and name == TABLE)]
+    candidates = linears if tied else linears | {TABLE: model.get_input_embeddings()}
+    shapes = {name: tuple(module.weight.shape) for name, module in candidates.items()}
+    added, spent = added_bits(shapes, group_size)
+    if model.source.random_weights:
+        costs = costs_by_position(added, len(model.model.layers))
+    else:
+        costs = _measured_costs(model, candidates, group_size=group_size, tied=tied)
+    return choose_upgrades(costs, added, max_bits * sum(n * k for n, k in shapes.values()) - spent)
+
+
+def _measured_costs(model, candidates: dict, *, group_size: int, tied: bool) -> dict[str, float]:
+    """What rounding each layer alone to nearest costs, in nats per token; from the cache if measured before."""
+    ids = calibration.calibration_ids(model, tokens=SENSITIVITY_TOKENS)
+    key = cache_key(model, ids, group_size=group_size)
+    if (known := load_costs(key)) is not None:
+        return known
+
+    def change(name: str) -> torch.Tensor:
+        weight = candidates[name].weight.data
+        return dequantize_int4(*quantize_int4(weight, group_size, search=False), group_size) - weight
+
+    changes = {name: functools.partial(change, name) for name in candidates}
+    if tied:
+        changes[TABLE] = changes["lm_head"]
+    print("int4: measuring which layers need int8", file=sys.stderr, flush=True)
+    costs = loss_increases(model, ids, changes)
+    if tied:
+        costs["lm_head"] += costs.pop(TABLE)
+    save_costs(key, costs)
+    return costs
+
+
+def _layer_names(config) -> list[str]:
+    inside = [name for stage in STAGES for name in stage]
+    blocks = [f"model.layers.{index}.{name}" for index in range(config.num_hidden_layers) for name in inside]
+    return [*blocks, "lm_head", TABLE]
+
+
+def _named(wanted: str, names: list[str]) -> list[str]:
+    """The layers that a comma list names, by kind (down_proj) or by place (layers.3.mlp.down_proj)."""
+    chosen: dict[str, None] = {}
+    for item in filter(None, (part.strip() for part in wanted.split(","))):
+        matching = [name for name in names if f".{name}".endswith(f".{item}")]
+        if not matching:
+            raise ValueError(f"--int8-layers {item}: choose auto, none, a kind (down_proj) or a layer ({names[6]})")
+        chosen |= dict.fromkeys(matching)
+    if not chosen:
+        raise ValueError("--int8-layers is empty: choose auto, none, or names of layers")
+    return list(chosen)
+
+
+def _summary(names: list[str]) -> str:
+    """How many of each kind, e.g. "2 down_proj, 1 lm_head"."""
+    kinds = Counter(name.rpartition(".")[2] for name in names)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+
+
+class Int4Inference(Inference):
+    """`Int4Inference(max_bits=6).generate("Hello")`: load, quantise, answer."""
+
+    def __init__(self, model: str = "auto", *, device: str = "auto", **options):
+        super().__init__(model, device=device)
+        self.model = apply(self.model, **options)
+
+
+def main(argv: list[str] | None = None) -> int:
+    import experiment
+
+    parser = cli.build_parser(__doc__)
+    defaults = apply.__kwdefaults__
+    parser.add_argument("--group-size", type=int, choices=GROUP_SIZES, default=defaults["group_size"],
+        help="inputs per scale (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--rounding", choices=["gptq", "nearest"], default=defaults["rounding"], help="default: %(default)s")
+    parser.add_argument("--int8-layers", default=defaults["int8_layers"], metavar="auto|none|NAME[,NAME...]",
+        help="layers that get int8, by kind (down_proj) or place (layers.3.mlp.down_proj) (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--max-bits", type=float, default=defaults["max_bits"],
+        help="effective bits a weight up to which auto chooses (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--damping", type=float, default=defaults["damping"],
+        help="GPTQ: share of the mean second moment that is added to each (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--correction", type=float, default=defaults["correction"],
+        help="GPTQ: share of the earlier layers' errors that each layer makes good (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--calibration-tokens", type=int, default=defaults["calibration_tokens"], help="default: %(default)s")
+    args = cli.parse(parser, argv)
+    options = {name: getattr(args, name) for name in defaults}
+    return experiment.run({"int4": [("int4", options)]}, args, parser=parser)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

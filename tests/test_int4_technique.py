@@ -1,0 +1,192 @@
+"""The int4 technique: bytes really fall, bits are counted, the layers that hurt most get int8, results are found again."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import logits_of, make_tiny
+
+import benchmark
+import calibration
+import cli
+import kernels.blockwise
+from kernels import form_cache
+from kernels.blockwise import corrected
+from kernels.int4_modules import Int4Linear
+from kernels.int8_modules import Int8Linear
+from kernels.sensitivity import added_bits, choose_upgrades, loss_increases
+from models import ModelSource
+from optimizations import head_pruning, int4, quantization, smoothing
+
+CALIBRATION = torch.randint(1, 97, (4, 64), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(autouse=True)
+def calibrated(monkeypatch, tmp_path):
+    """A cache of its own, and random ids for text."""
+    monkeypatch.setattr(form_cache, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(calibration, "calibration_ids", lambda model, **_: CALIBRATION)
+
+
+def tiny(*args, random_weights=False, **kwargs):
+    model = make_tiny(*args, **kwargs)
+    model.source = ModelSource("tiny", "random", "") if random_weights else SimpleNamespace(name="tiny", random_weights=False)
+    return model
+
+
+def closeness(logits, expected):
+    return torch.cosine_similarity(logits.flatten(), expected.flatten(), dim=0)
+
+
+def with_weights_of(model, plain):
+    """`plain`, in floating point, with the weights that the quantised `model` stands for."""
+    for name, module in plain.named_modules():
+        if name.endswith(("_proj", "lm_head")):
+            module.weight.data = model.get_submodule(name).rows(torch.arange(module.out_features))
+    plain.get_input_embeddings().weight.data = model.get_input_embeddings()(torch.arange(97))
+    return plain
+
+
+def kinds(model, kind):
+    return {name for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("shape", ["grouped", "three_a_group"])
+def test_bytes_fall_and_bits_are_counted(shape, tied, ids):
+    reference = tiny(shape, tied=tied)
+    model = int4.apply(tiny(shape, tied=tied), rounding="nearest", int8_layers="none", group_size=32)
+    assert closeness(logits_of(model, ids), logits_of(with_weights_of(model, tiny(shape, tied=tied)), ids)) > 0.99
+    assert closeness(logits_of(model, ids), logits_of(reference, ids)) > 0.75  # random weights amplify what is rounded
+    assert not kinds(model, Int8Linear) and benchmark.count_parameters(model) == benchmark.count_parameters(reference)
+    padding = 0.5 if shape == "three_a_group" else 0  # 144 inputs are four groups and a half
+    assert 5 <= model.effective_bits <= 5 + padding
+    assert benchmark.weight_bytes(model) < 0.2 * benchmark.weight_bytes(reference)
+    rows = torch.tensor([[0, 96]])
+    looked_up = model.get_input_embeddings()(rows)
+    assert (looked_up - reference.get_input_embeddings()(rows)).abs().max() < 0.2
+    if tied:
+        assert torch.equal(looked_up[0], model.lm_head.rows(rows[0]))
+
+
+def test_gptq_keeps_more_than_rounding_to_nearest():
+    exact = logits_of(tiny(), CALIBRATION)
+
+    def error(**options):
+        return (logits_of(int4.apply(tiny(), int8_layers="none", **options), CALIBRATION) - exact).square().mean()
+
+    uncorrected = error(correction=0)
+    assert uncorrected < 0.8 * error(rounding="nearest")
+    assert error(correction=0.5) < 0.8 * uncorrected
+
+
+def test_correction_finds_the_weights_for_the_inputs_there_are():
+    """Where inputs come out scaled, the weights that undo it; where they come out right, the weights as they are."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(5, 8, generator=generator), torch.randn(500, 8, generator=generator)
+    scales = torch.linspace(0.5, 2, 8)
+    moments, cross = (x * scales).T @ (x * scales) / 500, x.T @ (x * scales) / 500
+    assert torch.allclose(corrected(weight, moments, cross, 1.0, 1e-9), weight / scales, atol=1e-4)
+    assert torch.allclose(corrected(weight, moments, cross, 0.5, 1e-9), (weight + weight / scales) / 2, atol=1e-4)
+    assert torch.equal(corrected(weight, moments, moments, 1.0, 0.01), weight)
+
+
+def test_the_model_is_only_borrowed_while_it_is_walked():
+    model = tiny()
+    modules, before = dict(model.named_modules()), {name: p.clone() for name, p in model.named_parameters()}
+    int8 = ["model.layers.1.mlp.up_proj", "lm_head"]
+    forms = kernels.blockwise.round_blockwise(
+        model, CALIBRATION, group_size=32, damping=0.01, tied=False, correction=0.5, int8=int8
+    )
+    assert len(forms) == 3 * 7 - 1 and not set(int8) & set(forms)
+    assert dict(model.named_modules()) == modules
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("max_bits", [5.4, 9.1])
+def test_auto_stays_within_its_bits(tied, max_bits):
+    model = int4.apply(tiny(tied=tied), group_size=32, max_bits=max_bits, rounding="nearest")
+    assert 5 <= model.effective_bits <= max_bits
+    assert bool(kinds(model, Int8Linear)) and bool(kinds(model, Int4Linear)) is (max_bits < 9)
+    assert f"{model.effective_bits:.2f} bits" in model.notes[-1]
+
+
+def test_names_choose_kinds_and_single_layers():
+    model = int4.apply(tiny(), int8_layers="down_proj, layers.1.self_attn.q_proj", rounding="nearest")
+    expected = {f"model.layers.{index}.mlp.down_proj" for index in range(3)} | {"model.layers.1.self_attn.q_proj"}
+    assert kinds(model, Int8Linear) == expected
+
+
+def test_estimated_costs_are_those_of_the_loss():
+    """Against the loss really measured with one layer changed a little: the right size, and the right order."""
+    model = tiny()
+    torch.manual_seed(0)
+    names = [f"model.layers.1.{name}" for name in ("self_attn.o_proj", "mlp.down_proj", "mlp.up_proj")] + ["lm_head"]
+    changes = {name: torch.randn_like(model.get_submodule(name).weight) * 0.01 for name in names}
+    changes["model.layers.1.mlp.up_proj"] *= 10
+    estimated = loss_increases(model, CALIBRATION, {name: (lambda change=change: change) for name, change in changes.items()})
+    assert estimated["model.layers.1.mlp.up_proj"] > 20 * estimated["model.layers.1.mlp.down_proj"]
+    assert all(cost > 0 for cost in estimated.values()) and not model.get_input_embeddings().weight.requires_grad
+
+
+def test_upgrades_are_the_most_costly_per_bit_that_fit():
+    costs, bits = {"a": 4.0, "b": 3.0, "c": 1.0}, {"a": 4, "b": 1, "c": 2}
+    assert choose_upgrades(costs, bits, 7) == ["b", "a", "c"]
+    assert choose_upgrades(costs, bits, 3) == ["b", "c"]
+    added, spent = added_bits({"x": (3, 96)}, 64)
+    assert added == {"x": 3 * 96 * 4} and spent == 3 * (96 * 4 + 2 * 32)
+
+
+def test_the_second_run_reads_what_the_first_wrote(monkeypatch, ids):
+    first = int4.apply(tiny(), max_bits=6)
+    monkeypatch.setattr(int4, "round_blockwise", None)
+    assert torch.equal(logits_of(int4.apply(tiny(), max_bits=6), ids), logits_of(first, ids))
+    (file,) = form_cache.cache_folder().glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(TypeError):  # half a file counts as none
+        int4.apply(tiny(), max_bits=6)
+    with pytest.raises(TypeError):  # and another model's is not taken
+        int4.apply(tiny(seed=1), max_bits=6)
+
+
+def test_random_weights_are_rounded_to_nearest_and_say_so(monkeypatch):
+    monkeypatch.setattr(int4, "round_blockwise", None)
+    model = int4.apply(tiny(random_weights=True), max_bits=6)
+    assert "random weights" in model.notes[-1] and "lm_head" in kinds(model, Int8Linear)
+    assert not form_cache.cache_folder().exists()
+
+
+def test_works_after_smoothing_and_pruning(ids):
+    model = head_pruning.apply(smoothing.apply(tiny("three_a_group")), prune_ratio=0.3)
+    expected = logits_of(model, ids)
+    int4.apply(model)
+    assert closeness(logits_of(model, ids), expected) > 0.75
+
+
+BAD = [
+    {"group_size": 48}, {"rounding": "up"}, {"int8_layers": "mlp2"}, {"int8_layers": ","}, {"max_bits": 4.4}, {"damping": 0},
+    {"correction": 2}, {"calibration_tokens": 1}, {"int8_layers": "layers.3.mlp.down_proj"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BAD)
+def test_bad_options_name_the_flag(options):
+    with pytest.raises(ValueError, match="--" + next(iter(options)).replace("_", "-")):
+        int4.check(make_tiny().config, **options)
+
+
+@pytest.mark.parametrize("before", [int4, quantization])
+def test_quantized_models_are_refused(before):
+    with pytest.raises(ValueError, match=r"no nn\.Linear left"):
+        int4.apply(before.apply(tiny(random_weights=True)))
+
+
+def test_command_line_defaults_are_applys(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("experiment.run", lambda recipes, args, **_: seen.update(recipes) or 0)
+    monkeypatch.setattr(cli, "parse", lambda parser, argv: parser.parse_args(argv))
+    assert int4.main([]) == 0
+    assert seen["int4"] == [("int4", int4.apply.__kwdefaults__)]
