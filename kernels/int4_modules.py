@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kernels.int4 import dequantize_int4, int4_linear, pack, quantize_int4, unpack_nibbles
+from kernels.int4 import dequantize_int4, int4_linear, pack, pack_nibbles, quantize_int4, unpack_nibbles
 from kernels.packing import CHANNELS, scale_rows
 
 
@@ -13,7 +13,8 @@ class Int4Linear(nn.Module):
     """y = x W^T + b with W in int4 and x quantised to int8 per token and group on the fly; returns the dtype of x.
 
     `weight` holds two codes to a byte: uint8 [N, ceil(K / 2)], the first in the low half, with bfloat16 `scale` and
-    `minimum` [N, G]; all three are packed in panels (kernels/packing.py) where the CPU kernels run. Without `codes` (uint8 [N, K]), `scale` and `minimum` the weights of `source` are rounded to nearest.
+    `minimum` [N, G]; all three are packed in panels (kernels/packing.py) where the CPU kernels run. Without `codes`
+    (uint8 [N, K]), `scale` and `minimum` the weights of `source` are rounded to nearest.
     """
 
     def __init__(

@@ -14,7 +14,8 @@ from kernels.packing import panel_rows, scale_rows
 class Int8Linear(nn.Module):
     """y = x W^T + b with W in int8, one bfloat16 scale per output channel and group of inputs.
 
-    `weight` is int8 [N, K] and `scale` [N, G], or both are packed (kernels/packing.py) where the CPU kernels run. With `int8_activations` x is quantised per token and group on the fly.
+    `weight` is int8 [N, K] and `scale` [N, G]; both are packed (kernels/packing.py) where the CPU
+    kernels run. With `int8_activations` x is quantised per token and group on the fly.
     """
 
     def __init__(self, source: nn.Linear, *, group_size: int | None, int8_activations: bool, per_tensor: bool = False):

@@ -132,6 +132,6 @@ class RoomyCache(Cache):
 
 
 def _resized(tensor: torch.Tensor, length: int, capacity: int) -> torch.Tensor:
-    larger = tensor.new_empty(tensor.shape[:2] + (capacity,) + tensor.shape[3:])
+    larger = tensor.new_empty(*tensor.shape[:2], capacity, *tensor.shape[3:])
     larger[:, :, :length] = tensor[:, :, :length]
     return larger

@@ -11,8 +11,8 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from kernels.fusing import fuse
-from kernels.kv_cache import RoomyCache
 from kernels.int8 import kernels_run
+from kernels.kv_cache import RoomyCache
 from kernels.step import FEW_ROWS, Products, add_rms_norm, attend, decoder_layer, is_packed, rope_append, silu_mul
 
 

@@ -43,9 +43,7 @@ def decoder_layer(residual: torch.Tensor, layer, cos: torch.Tensor, sin: torch.T
     """A whole layer in one call, for few tokens: residual float32 [B, T, H] in place. Its twin is the loop in lean.py."""
     batch_size, tokens, _ = residual.shape
     past = stored.length
-    stored.make_room(
-        batch_size, layer.kv_heads, tokens, layer.head_dim, device=residual.device, dtype=torch.float32
-    )
+    stored.make_room(batch_size, layer.kv_heads, tokens, layer.head_dim, device=residual.device, dtype=torch.float32)
     stored.length = past + tokens
     products = layer.products
     torch.ops.tinyopt.decoder_layer(

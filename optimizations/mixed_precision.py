@@ -75,7 +75,10 @@ def _cast_where_dtypes_meet(model, half: torch.dtype) -> None:
 
 def _note(half: torch.dtype, native: bool, reason: str, tied: bool, untie: bool) -> str:
     name = str(half).removeprefix("torch.")
-    how = f"{name} products in hardware ({reason})" if native else f"{name} weights; {reason}"
+    if native:
+        how = f"{name} products in hardware ({reason})"
+    else:
+        how = f"{name} weights, {reason if 'kernels' in reason else 'float32 products: ' + reason}"
     table = "" if not tied else "; embedding table untied, float32 copy kept" if untie else "; tied table kept, in half"
     return how + table
 

