@@ -35,7 +35,7 @@ def calibration_ids(model, *, tokens: int, window: int = 512) -> torch.Tensor:
 
 
 def refit_windows(model) -> torch.Tensor:
-    """What to rank, refit and heal on, int64 [W, 512]: all of the embedded text; two windows of random ids for random weights."""
+    """To rank, refit and heal on, int64 [W, 512]: all of the embedded text; two windows of random ids for random weights."""
     return calibration_ids(model, tokens=1024 if model.source.random_weights else REFIT_TOKENS)
 
 

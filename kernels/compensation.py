@@ -22,7 +22,7 @@ HELD_OUT_EVERY = 8  # one window in eight chooses the damping
 WRITERS = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference mode: what is made here may be trained afterwards
 def refit_in_order(
     model, windows: torch.Tensor, *, cut: Callable[[int], dict[str, torch.Tensor]], cache: CalibrationCache, progress=None
 ) -> None:

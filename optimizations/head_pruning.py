@@ -36,6 +36,7 @@ from kernels import healing, sensitivity
 from kernels.attention import use_grouped_heads
 from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.compensation import refit_in_order
+from kernels.modules import cut_linear
 from kernels.refit import allocate
 
 METHODS = ("l2", "energy", "calibrated")
@@ -198,11 +199,14 @@ def _keep_heads(attention, kept: list[int]) -> bool:
     kv_of_head = torch.tensor([head // group for head in kept], device=device)
     kv_kept, kv_of_head = kv_of_head.unique(return_inverse=True)  # renumbered over the KV heads that stay
     rows = _head_rows(torch.tensor(kept, device=device), attention.head_dim)
-    attention.q_proj = _cut(attention.q_proj, rows=rows)
-    attention.o_proj = _cut(attention.o_proj, columns=rows)
+    attention.q_proj = cut_linear(attention.q_proj, rows=rows)
+    attention.o_proj = cut_linear(attention.o_proj, columns=rows)
     if len(kv_kept) < count_kv_heads(attention):
         kv_rows = _head_rows(kv_kept, attention.head_dim)
-        attention.k_proj, attention.v_proj = _cut(attention.k_proj, rows=kv_rows), _cut(attention.v_proj, rows=kv_rows)
+        attention.k_proj, attention.v_proj = (
+            cut_linear(attention.k_proj, rows=kv_rows),
+            cut_linear(attention.v_proj, rows=kv_rows),
+        )
     readers = kv_of_head.bincount()
     even = bool((readers == readers[0]).all())
     attention.num_key_value_groups = int(readers[0]) if even else 1
@@ -213,16 +217,6 @@ def _keep_heads(attention, kept: list[int]) -> bool:
 
 def _head_rows(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
     return (heads[:, None] * head_dim + torch.arange(head_dim, device=heads.device)).flatten()
-
-
-def _cut(linear: nn.Linear, *, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> nn.Linear:
-    weight = linear.weight.data if rows is None else linear.weight.data[rows]
-    weight = weight if columns is None else weight[:, columns]
-    bias = linear.bias if linear.bias is None or rows is None else nn.Parameter(linear.bias.data[rows])
-    smaller = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    smaller.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
-    smaller.bias = bias
-    return smaller
 
 
 class PrunedInference(Inference):

@@ -89,7 +89,7 @@ def test_allocation_takes_the_cheapest_steps(total, expected):
 
 
 def test_allocation_beyond_what_is_there():
-    with pytest.raises(ValueError, match="5 removals.*4 are possible"):
+    with pytest.raises(ValueError, match=r"5 removals.*4 are possible"):
         allocate([[1.0, 2.0], [1.0, 2.0]], 5)
 
 
