@@ -9,6 +9,7 @@ and the KL divergence to the dense model is taken. Between the measured points t
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -106,7 +107,7 @@ def cached_rankings(model, windows: torch.Tensor, *, part: str, group: int, at_o
     """`rank` for the "attention" or "mlp" writers on a share of `windows` [W, T], with progress on stderr, kept on disk."""
     layers = [layer.get_submodule(WRITERS[part]) for layer in model.model.layers]
     spread = torch.linspace(0, len(windows) - 1, min(len(windows), MOMENT_WINDOWS)).round().long()
-    probes = windows[spread[len(spread) // 8 :: max(1, len(spread) // PROBES)]][:PROBES, :PROBE_LENGTH]
+    probes = probe_windows(windows)
     points = sorted({max(1, round(share * steps)) for share in MEASURED_SHARES})
     options = {"part": part, "group": group, "at_once": at_once, "steps": steps, "points": points, "probes": list(probes.shape)}
     cache = CalibrationCache.of(model, windows, **options)
@@ -116,6 +117,12 @@ def cached_rankings(model, windows: torch.Tensor, *, part: str, group: int, at_o
             progress=show_progress)  # fmt: skip
         cache.save_json("rankings", kept := [asdict(ranking) for ranking in found])
     return [Ranking(**entry) for entry in kept]
+
+
+def probe_windows(windows: torch.Tensor) -> torch.Tensor:
+    """The few short windows that divergences are measured on, int64 [P, T], spread over `windows` [W, T]."""
+    count = min(PROBES, len(windows))
+    return windows[((torch.arange(count) + 0.5) * len(windows) / count).long()][:, :PROBE_LENGTH]
 
 
 def refitted_without(weight: torch.Tensor, second_moment: torch.Tensor, gone: list[int], *, group: int) -> torch.Tensor:
@@ -159,15 +166,23 @@ class Divergence:
             ),
         }
         self._entering = [hidden]
-        for layer in model.model.layers:
-            self._entering.append(self._run(layer, self._entering[-1]))
+        self.follow()
         self._log_probs = self._answer(self._entering[-1])
 
     @torch.inference_mode()
-    def after(self, index: int) -> float:
-        """The divergence when only decoder layer `index` differs: layers before it are not run again."""
+    def follow(self) -> None:
+        """Take the model as it is now for the layers that later calls do not run; the answers compared with stay."""
+        self._entering = self._entering[:1]
+        for layer in self.model.model.layers:
+            self._entering.append(self._run(layer, self._entering[-1]))
+
+    @torch.inference_mode()
+    def after(self, index: int, instead: Callable | None = None) -> float:
+        """The divergence when only decoder layer `index` differs (runs as `instead`): layers before it are not run again."""
+        layers = list(self.model.model.layers)[index:]
+        layers[0] = instead or layers[0]
         hidden = self._entering[index]
-        for layer in self.model.model.layers[index:]:
+        for layer in layers:
             hidden = self._run(layer, hidden)
         log_probs = self._answer(hidden)
         return float(F.kl_div(log_probs, self._log_probs, log_target=True, reduction="none").sum(-1).mean())

@@ -50,6 +50,8 @@ def apply(model, *, prune_ratio: float = 0.25, mode: str = "structural", method:
     Raises ValueError if the ratio leaves no head or removes none, or if the projections are no longer nn.Linear.
     """
     check(model.config, prune_ratio=prune_ratio, mode=mode, method=method, heal_minutes=heal_minutes)
+    if not all(hasattr(layer, "self_attn") for layer in model.model.layers):
+        raise ValueError("some layers have no attention any more: run head_pruning before layer_pruning")
     attentions = [layer.self_attn for layer in model.model.layers]
     if any(type(attention.o_proj) is not nn.Linear for attention in attentions):
         raise ValueError("no nn.Linear left to prune: run head_pruning before precision and quantization")

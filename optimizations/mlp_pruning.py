@@ -42,6 +42,8 @@ def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0):
     Raises ValueError if the ratio removes nothing or too much, or if the projections are no longer nn.Linear.
     """
     check(model.config, prune_ratio=prune_ratio, heal_minutes=heal_minutes)
+    if not all(hasattr(layer, "self_attn") for layer in model.model.layers):
+        raise ValueError("some layers have no attention any more: run mlp_pruning before layer_pruning")
     mlps = [layer.mlp for layer in model.model.layers]
     if any(type(linear) is not nn.Linear for mlp in mlps for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
         raise ValueError("no nn.Linear left to prune: run mlp_pruning before precision and quantization")
