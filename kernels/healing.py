@@ -72,13 +72,13 @@ class Teacher:
 class LowRank(nn.Module):
     """A frozen linear layer plus B A x; B starts at zero, so that nothing changes before the first step."""
 
-    def __init__(self, linear: nn.Linear, rank: int):
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
         super().__init__()
         self.linear = linear
         rank = min(rank, *linear.weight.shape)
-        self.a = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
+        down = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5
+        self.a = nn.Parameter(down.to(linear.weight.device))
         self.b = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
-        nn.init.normal_(self.a, std=linear.in_features**-0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x) + F.linear(F.linear(x, self.a), self.b)
@@ -95,19 +95,19 @@ def heal(model, teacher: Teacher, *, minutes: float, seed: int = 0, clock=time.m
 
     The seed fixes the order of windows and the start; how many steps fit is the machine's.
     """
-    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     held = list(range(HELD_OUT_EVERY // 2, len(teacher.windows), HELD_OUT_EVERY))[:HELD_OUT_MOST] or [len(teacher.windows) - 1]
     train = [index for index in range(len(teacher.windows)) if index not in held]
     names = [name for name, part in model.model.layers.named_modules() if type(part) is nn.Linear]
     for name in names:
-        _put(model, name, LowRank(model.model.layers.get_submodule(name), RANK))
+        _put(model, name, LowRank(model.model.layers.get_submodule(name), RANK, generator))
     updates = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(updates, lr=LEARNING_RATE, weight_decay=0.0)
     first = best = _held_out(model, teacher, held)
     kept = [update.detach().clone() for update in updates]
-    start, steps, checks, stale, order = clock(), 0, 0, 0, []
+    start, steps, checks, shown, stale, order = clock(), 0, 0, 0, 0, []
     while (used := (clock() - start) / (60 * minutes)) < 1 and stale < PATIENCE:
-        order = order or [train[i] for i in torch.randperm(len(train)).tolist()]
+        order = order or [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
         for group in optimizer.param_groups:  # up over the first steps, then down to nothing when the time ends
             group["lr"] = LEARNING_RATE * min(1.0, (steps + 1) / 10) * (1 - used)
         with torch.enable_grad():
@@ -117,7 +117,9 @@ def heal(model, teacher: Teacher, *, minutes: float, seed: int = 0, clock=time.m
         optimizer.zero_grad()
         steps += 1
         used = (clock() - start) / (60 * minutes)
-        show_progress("healing, per cent of the time", min(100, int(100 * used)), 100)
+        if used * 10 >= shown + 1:
+            shown = min(10, int(used * 10))
+            show_progress("healing, tenths of the time", shown, 10)
         if used * CHECKS >= checks + 1:
             checks = int(used * CHECKS)
             reading = _held_out(model, teacher, held)

@@ -41,7 +41,7 @@ from kernels.refit import allocate
 
 METHODS = ("l2", "energy", "calibrated")
 EVENNESS_TOLERANCE = 0.05
-ENERGY_TOKENS = 8192
+ENERGY_WINDOWS = 16
 
 
 def apply(model, *, prune_ratio: float = 0.25, mode: str = "structural", method: str = "l2", heal_minutes: float = 0.0):
@@ -132,7 +132,8 @@ def _remove_calibrated(model, prune_ratio: float, mode: str) -> int:
 
 def energies(model) -> list[torch.Tensor]:
     """Mean square of what each head writes through o_proj on calibration text, per layer [heads]."""
-    windows = calibration.calibration_ids(model, tokens=ENERGY_TOKENS)
+    windows = calibration.refit_windows(model)
+    windows = windows[:: max(1, len(windows) // ENERGY_WINDOWS)]
     attentions = [layer.self_attn for layer in model.model.layers]
 
     def run() -> None:

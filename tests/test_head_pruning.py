@@ -244,7 +244,7 @@ def test_structural_equals_masked_by_text(any_tiny, ids, random_source, ratio, m
 def test_energy_is_the_mean_square_of_what_a_head_writes(tiny, random_source, monkeypatch):
     """By hand: each head's columns of o_proj times its inputs, squared, averaged over tokens."""
     model = with_source(tiny("three_a_group"), random_source)
-    monkeypatch.setattr(head_pruning, "ENERGY_TOKENS", 512)
+    monkeypatch.setattr(head_pruning, "ENERGY_WINDOWS", 1)
     seen = []
     attention = model.model.layers[1].self_attn
     handle = attention.o_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0][0]))
