@@ -42,18 +42,21 @@ def eliminate(
     w, groups = weight.double(), weight.shape[1] // group
     inverse = torch.linalg.inv(damped(second_moment, SELECTION_DAMPING))
     g = None if gradient_moment is None else gradient_moment.double()
+    felt = w if g is None else g @ w  # kept up with w below: G W anew at every step would cost more than all the rest
     alive = torch.ones(groups, dtype=torch.bool, device=w.device)
     order, costs, total = [], [], 0.0
     for _ in range(steps):
-        scores = _removal_costs(w, inverse, g, group).masked_fill(~alive, torch.inf)
+        scores = _removal_costs(w, felt, inverse, group).masked_fill(~alive, torch.inf)
         chosen = scores.argsort()[:at_once]
         columns = (chosen[:, None] * group + torch.arange(group, device=w.device)).flatten()
         block = torch.linalg.inv(inverse[columns][:, columns])
         gone = w[:, columns]
-        total += float(_weighted_square(gone @ block, gone, g)) / 2
-        w = w - gone @ (block @ inverse[columns])
-        inverse = inverse - inverse[:, columns] @ (block @ inverse[columns])
-        w[:, columns] = 0  # exactly, so that rounding cannot bring a removed column back
+        total += float(((gone @ block) * felt[:, columns]).sum()) / 2
+        made_up = block @ inverse[columns]
+        felt = w - gone @ made_up if g is None else felt - felt[:, columns] @ made_up
+        w = w - gone @ made_up
+        inverse = inverse - inverse[:, columns] @ made_up
+        w[:, columns] = felt[:, columns] = 0  # exactly, so that rounding cannot bring a removed column back
         inverse[:, columns] = inverse[columns] = 0
         alive[chosen] = False
         order.append(chosen.tolist())
@@ -61,9 +64,8 @@ def eliminate(
     return order, costs
 
 
-def _removal_costs(w: torch.Tensor, inverse: torch.Tensor, g: torch.Tensor | None, group: int) -> torch.Tensor:
+def _removal_costs(w: torch.Tensor, felt: torch.Tensor, inverse: torch.Tensor, group: int) -> torch.Tensor:
     """Cost of each group alone, [groups]; of groups already gone, anything (the caller masks them)."""
-    felt = w if g is None else g @ w
     if group == 1:
         return (felt * w).sum(0) / inverse.diagonal().clamp_min(1e-300)
     count = w.shape[1] // group
@@ -73,10 +75,6 @@ def _removal_costs(w: torch.Tensor, inverse: torch.Tensor, g: torch.Tensor | Non
     by_group = w.T.reshape(count, group, -1)
     squares = felt.T.reshape(count, group, -1) @ by_group.transpose(1, 2)
     return (squares * torch.linalg.inv(blocks)).sum(dim=(1, 2))
-
-
-def _weighted_square(a: torch.Tensor, b: torch.Tensor, g: torch.Tensor | None) -> torch.Tensor:
-    return (a * (b if g is None else g @ b)).sum()
 
 
 def allocate(costs: list[list[float]], total: int) -> list[int]:
