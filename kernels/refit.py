@@ -39,7 +39,7 @@ def eliminate(
     Returns for each of `steps` steps the groups that went, and the total cost after it: nats with G, else squared error.
     After each step all remaining columns count as refitted, so a head that can be rebuilt from others is cheap.
     """
-    w, groups = weight.double(), weight.shape[1] // group
+    w, groups = weight.detach().double().clone(), weight.shape[1] // group
     inverse = torch.linalg.inv(damped(second_moment, SELECTION_DAMPING))
     g = None if gradient_moment is None else gradient_moment.double()
     felt = w if g is None else g @ w  # kept up with w below: G W anew at every step would cost more than all the rest
@@ -53,9 +53,10 @@ def eliminate(
         gone = w[:, columns]
         total += float(((gone @ block) * felt[:, columns]).sum()) / 2
         made_up = block @ inverse[columns]
-        felt = w - gone @ made_up if g is None else felt - felt[:, columns] @ made_up
-        w = w - gone @ made_up
-        inverse = inverse - inverse[:, columns] @ made_up
+        if g is not None:
+            felt.addmm_(felt[:, columns], made_up, alpha=-1)
+        w.addmm_(gone, made_up, alpha=-1)
+        inverse.addmm_(inverse[:, columns], made_up, alpha=-1)
         w[:, columns] = felt[:, columns] = 0  # exactly, so that rounding cannot bring a removed column back
         inverse[:, columns] = inverse[columns] = 0
         alive[chosen] = False
