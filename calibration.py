@@ -13,6 +13,8 @@ import torch
 import models
 import texts
 
+REFIT_TOKENS = 65536  # bounds time and memory where there is more text than the embedded one has
+
 
 def calibration_ids(model, *, tokens: int, window: int = 512) -> torch.Tensor:
     """At least one window of calibration text in the model's own tokens: int64 [tokens // window, window], on its device.
@@ -30,6 +32,11 @@ def calibration_ids(model, *, tokens: int, window: int = 512) -> torch.Tensor:
         raise ValueError(f"the calibration text has {len(ids)} tokens: fewer than one window of {window}")
     chosen = torch.linspace(0, available - 1, min(count, available)).round().long()
     return ids[: available * window].view(available, window)[chosen].to(model.device)
+
+
+def refit_windows(model) -> torch.Tensor:
+    """To rank, refit and heal on, int64 [W, 512]: all of the embedded text; two windows of random ids for random weights."""
+    return calibration_ids(model, tokens=1024 if model.source.random_weights else REFIT_TOKENS)
 
 
 @torch.inference_mode()

@@ -16,6 +16,11 @@ import sys
 from pathlib import Path
 
 import psutil
+
+# Weights in huge pages: a decode step walks through gigabytes, and with 4 kB pages it also walks through page tables. torch
+# reads this at its first allocation, and worker processes inherit it.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 import torch
 
 MB = 1e6  # megabytes are powers of ten everywhere in this project

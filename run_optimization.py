@@ -15,16 +15,24 @@ import cli
 import experiment
 
 # The experiment on one screen: recipe -> (label, steps in order). Order has a meaning: prune -> precision -> weights -> cache.
+LEAN = ("lean_decode", {})
 RECIPES = {
     "mixed_precision": ("Mixed precision", [("mixed_precision", {})]),
     "int8": ("Int8, grouped", [("quantization", {"scheme": "grouped"})]),
-    "int8_dynamic": ("Int8, dynamic per token", [("quantization", {"scheme": "dynamic"})]),
+    "int8_dynamic": ("Int8, per token, smoothed", [("quantization", {"scheme": "dynamic"})]),
+    "int8_original": ("Int8, per token", [("quantization", {"scheme": "dynamic", "smoothing": 0.0})]),
     "int8_weight_only": ("Int8, weights only", [("quantization", {"scheme": "weight-only"})]),
     "int8_classic": ("Int8, torch's own (classic)", [("quantization", {"scheme": "classic"})]),
+    "int4": ("Int4, 4.6 bits", [("int4", {})]),
     "head_pruning": ("Head pruning 25 %", [("head_pruning", {})]),
     "kv_cache_int8": ("Int8 KV cache", [("kv_cache_quant", {})]),
+    "lean": ("Lean decode", [LEAN]),
     "half+kv8": ("Mixed precision + int8 KV", [("mixed_precision", {}), ("kv_cache_quant", {})]),
     "prune+int8+kv8": ("Pruning + int8 + int8 KV", [("head_pruning", {}), ("quantization", {}), ("kv_cache_quant", {})]),
+    "half+lean": ("Mixed precision + lean", [("mixed_precision", {}), LEAN]),
+    "int8+lean": ("Int8 + lean", [("quantization", {"scheme": "grouped"}), LEAN]),
+    "int8+kv8+lean": ("Int8 + int8 KV + lean", [("quantization", {"scheme": "grouped"}), ("kv_cache_quant", {}), LEAN]),
+    "int4+lean": ("Int4 + lean", [("int4", {}), LEAN]),
 }
 
 

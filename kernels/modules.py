@@ -1,9 +1,10 @@
-"""Replacing the linear layers of a model one at a time, so that only one of them is ever held twice."""
+"""Replacing the linear layers of a model one at a time, so that only one of them is ever held twice; and cutting one down."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 
 from devices import release_memory
@@ -23,3 +24,14 @@ def replace_linears(model, make: Callable[[str, nn.Linear], nn.Module]) -> int:
 def is_tied(model) -> bool:
     """Whether the input embedding and lm_head are one tensor, as in SmolLM2."""
     return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+def cut_linear(linear: nn.Linear, *, rows: torch.Tensor | None = None, columns: torch.Tensor | None = None) -> nn.Linear:
+    """A plain nn.Linear with only these outputs (`rows`) or inputs (`columns`), int64 indices; its own contiguous memory."""
+    weight = linear.weight.data if rows is None else linear.weight.data[rows]
+    weight = weight if columns is None else weight[:, columns]
+    bias = linear.bias if linear.bias is None or rows is None else nn.Parameter(linear.bias.data[rows])
+    smaller = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    smaller.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+    smaller.bias = bias
+    return smaller

@@ -30,7 +30,7 @@ def panel_rows(packed: torch.Tensor, ids: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def pack_nibble_panels(codes: torch.Tensor) -> torch.Tensor:
-    """Codes uint8 [N, K] in 0..15 -> uint8 [P, L, 16, 4]: input j of eight in the low half of byte j, input j + 4 in the high."""
+    """Codes uint8 [N, K] in 0..15 -> uint8 [P, L, 16, 4]: of eight inputs, j is the low half of byte j and j + 4 the high."""
     panels = _panels(codes, 8)
     return (panels[..., :4] | (panels[..., 4:] << 4)).contiguous()
 

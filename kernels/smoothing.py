@@ -119,3 +119,16 @@ def fold(seam: Seam, factors: torch.Tensor) -> None:
 def _put(module: nn.Module, name: str, values: torch.Tensor) -> None:
     """A new parameter in the place and dtype of the old one, which another model may share."""
     setattr(module, name, nn.Parameter(values.to(getattr(module, name).dtype), requires_grad=False))
+
+
+def smooth(model, ids: torch.Tensor, strength: float) -> str:
+    """Migrates the outliers that token windows `ids` int64 [windows, window] show, in place; returns what was done."""
+    places = list(seams(model))
+    network = model.model if is_tied(model) else model  # without an input of lm_head to look at, its logits cost for nothing
+    largest = input_absmax(lambda: [network(input_ids=window[None], use_cache=False) for window in ids], places)
+    for place, x_absmax in zip(places, largest, strict=True):
+        migrate(place, x_absmax, strength)
+    tied = "; lm_head is tied to the input embedding and stays as it is" if is_tied(model) else ""
+    text = "random ids" if model.source.random_weights else "calibration text"
+    blocks = len(model.model.layers)
+    return f"smoothed {len(places)} inputs of {blocks} blocks, strength {strength:g}, {ids.numel()} tokens of {text}{tied}"

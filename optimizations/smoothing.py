@@ -23,8 +23,7 @@ from torch import nn
 import calibration
 import cli
 from inference import Inference
-from kernels.modules import is_tied
-from kernels.smoothing import input_absmax, migrate, seams
+from kernels.smoothing import smooth
 
 
 def apply(model, *, strength: float = 0.7, calibration_tokens: int = 16384):
@@ -34,19 +33,10 @@ def apply(model, *, strength: float = 0.7, calibration_tokens: int = 16384):
     Raises ValueError for a model whose linear layers are no longer nn.Linear, and for strength 0, which changes nothing.
     """
     check(model.config, strength=strength, calibration_tokens=calibration_tokens)
-    blocks = model.model.layers
     linears = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
     if any(type(linear) is not nn.Linear for linear in linears):
         raise ValueError("no factor folds into quantized or half-precision layers: run smoothing before them")
-    ids = calibration.calibration_ids(model, tokens=calibration_tokens)
-    places = list(seams(model))
-    network = model.model if is_tied(model) else model  # without an input of lm_head to look at, its logits cost for nothing
-    largest = input_absmax(lambda: [network(input_ids=window[None], use_cache=False) for window in ids], places)
-    for place, x_absmax in zip(places, largest, strict=True):
-        migrate(place, x_absmax, strength)
-    tied = "; lm_head is tied to the input embedding and stays as it is" if is_tied(model) else ""
-    text = "random ids" if model.source.random_weights else "calibration text"
-    note = f"smoothed {len(places)} inputs of {len(blocks)} blocks, strength {strength:g}, {ids.numel()} tokens of {text}{tied}"
+    note = smooth(model, calibration.calibration_ids(model, tokens=calibration_tokens), strength)
     model.notes = [*getattr(model, "notes", []), note]
     return model
 

@@ -8,12 +8,28 @@ from conftest import logits_of, share_weights, stepwise_logits
 from torch import nn
 from transformers import DynamicCache, LlamaConfig
 
+import models
 from benchmark import count_parameters, evidence, new_cache, weight_bytes
 from inference import generate_ids
+from kernels import calibration_cache
 from optimizations import head_pruning
-from optimizations.head_pruning import apply, check, head_importance, heads_to_keep
+from optimizations.head_pruning import apply, check, energies, head_importance, heads_to_keep
+from optimizations.kv_cache_quant import Int8Cache
 
 RATIOS = [0.15, 0.25, 0.5]
+BY_TEXT = ["energy", "calibrated"]
+
+
+@pytest.fixture
+def random_source(monkeypatch, tmp_path):
+    """A source without a tokenizer, whose calibration windows are random ids, and a calibration cache of the test's own."""
+    monkeypatch.setattr(calibration_cache, "ROOT", tmp_path / "calibration")
+    return models.ModelSource("tiny", "random", "")
+
+
+def with_source(model, source):
+    model.source = source
+    return model
 
 
 def pruned_and_masked(model, ratio):
@@ -202,7 +218,112 @@ def test_uneven_removal_takes_the_smallest_of_all():
     assert kept == [2, 3, 4, 5, 6, 7, 8]
 
 
+# Methods that read calibration text
+
+
+@pytest.mark.parametrize("method", BY_TEXT)
+@pytest.mark.parametrize("ratio", [0.15, 0.5])
+def test_structural_equals_masked_by_text(any_tiny, ids, random_source, ratio, method):
+    """The same heads go and the same weights are refitted, whether columns are cut or zeroed; other caches agree too."""
+    options = {"prune_ratio": ratio, "method": method}
+    model = with_source(any_tiny, random_source)
+    masked = apply(copy.deepcopy(model), mode="mask", **options)
+    pruned = apply(copy.deepcopy(model), **options)
+    expected = logits_of(masked, ids)
+    assert_close(logits_of(pruned, ids), expected)
+    assert_close(stepwise_logits(pruned, ids, new_cache(pruned)), expected)
+    assert (stepwise_logits(pruned, ids, Int8Cache()) - expected).abs().max() < 0.5
+    tokens = generate_ids(masked, ids[:, :8], max_new_tokens=6)
+    assert torch.equal(generate_ids(pruned, ids[:, :8], max_new_tokens=6), tokens)
+    gone = evidence(model)["query_heads"] - evidence(pruned)["query_heads"]
+    if method == "calibrated":
+        assert gone == round(ratio * evidence(model)["query_heads"])
+    assert f"removed {gone} of" in pruned.notes[-1] and method in pruned.notes[-1]
+
+
+def test_energy_is_the_mean_square_of_what_a_head_writes(tiny, random_source, monkeypatch):
+    """By hand: each head's columns of o_proj times its inputs, squared, averaged over tokens."""
+    model = with_source(tiny("three_a_group"), random_source)
+    monkeypatch.setattr(head_pruning, "ENERGY_WINDOWS", 1)
+    seen = []
+    attention = model.model.layers[1].self_attn
+    handle = attention.o_proj.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0][0]))
+    actual = energies(model)[1]
+    handle.remove()
+    w = attention.o_proj.weight
+    by_hand = [(seen[0][:, h * 16 : h * 16 + 16] @ w[:, h * 16 : h * 16 + 16].T).square().sum(1).mean() for h in range(9)]
+    torch.testing.assert_close(actual, torch.stack(by_hand), rtol=1e-3, atol=1e-5)
+
+
+def test_calibrated_refit_beats_plain_removal(tiny, ids, random_source):
+    """Nearer to the dense model than removing the same number of heads by norm, on ids that were not calibrated on."""
+    model = with_source(tiny("three_a_group"), random_source)
+    dense = logits_of(model, ids)
+    by_norm = logits_of(apply(copy.deepcopy(model), prune_ratio=0.33), ids)
+    calibrated = logits_of(apply(copy.deepcopy(model), prune_ratio=0.33, method="calibrated"), ids)
+    assert (calibrated - dense).square().mean() < 0.9 * (by_norm - dense).square().mean()
+
+
+def test_calibration_is_kept_and_resumed(tiny, ids, random_source, monkeypatch, tmp_path):
+    """The second run reads no text; a run that lost some layers' files computes those again, to the same weights."""
+    model = with_source(tiny("three_a_group"), random_source)
+    expected = logits_of(apply(copy.deepcopy(model), method="calibrated"), ids)
+    files = sorted((tmp_path / "calibration").glob("*/*"))
+    assert len(files) == 4 and not [file for file in files if file.suffix not in (".json", ".safetensors")]
+    next(file for file in files if file.name == "layer-001.safetensors").write_bytes(b"broken")
+    assert_close(logits_of(apply(copy.deepcopy(model), method="calibrated"), ids), expected)
+    monkeypatch.setattr(type(model.model.embed_tokens), "forward", None)
+    again = apply(copy.deepcopy(model), method="calibrated")
+    monkeypatch.undo()
+    assert torch.equal(logits_of(again, ids), expected)
+
+
+def test_kv_heads_that_nobody_reads_vanish_when_calibrated(tiny, ids, random_source):
+    """Heads that write nothing go first: with all readers of one KV head among them, the cache shrinks."""
+    model = with_source(tiny("three_a_group"), random_source)
+    for attention in attentions(model):
+        attention.o_proj.weight.data.view(144, 9, 16)[:, [0, 1, 2]] = 0
+    dense = logits_of(model, ids)
+    pruned = apply(copy.deepcopy(model), prune_ratio=0.333, method="calibrated")
+    assert evidence(pruned)["kv_heads"] == 6 and evidence(pruned)["query_heads"] == 18
+    cache = new_cache(pruned)
+    actual = stepwise_logits(pruned, ids, cache)
+    assert cache.layers[0].keys.shape[1] == 2
+    assert (actual - dense).abs().max() < 1, "nothing was lost, and refitting on other ids costs little"
+
+
+def test_healing_comes_nearer_to_the_dense_model(tiny, random_source):
+    """A few seconds of training: shapes and modules as pruning left them, plain nn.Linear, nothing left to train."""
+    model = with_source(tiny("three_a_group"), random_source)
+    pruned = apply(copy.deepcopy(model), prune_ratio=0.33)
+    healed = apply(copy.deepcopy(model), prune_ratio=0.33, heal_minutes=0.03)
+    assert [(n, p.shape) for n, p in healed.named_parameters()] == [(n, p.shape) for n, p in pruned.named_parameters()]
+    assert not any(parameter.requires_grad for parameter in healed.parameters())
+    before, after = (float(word) for word in healed.notes[-1].split("model ")[1].split(" nats")[0].split(" -> "))
+    assert after < before and "healed in" in healed.notes[-1]
+
+
 # What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"method": "random"}, "--method random.*l2, energy, calibrated"),
+        ({"mode": "remove"}, "--mode remove.*structural or mask"),
+        ({"heal_minutes": -1}, "--heal-minutes -1"),
+        ({"heal_minutes": float("nan")}, "--heal-minutes nan"),
+        ({"heal_minutes": 1, "mode": "mask"}, "--heal-minutes.*structural"),
+        ({"prune_ratio": 0.001, "method": "calibrated"}, "--prune-ratio 0.001.*no head at all"),
+        ({"prune_ratio": 0.95, "method": "calibrated"}, "--prune-ratio 0.95.*no head"),
+        ({"prune_ratio": 1.5, "method": "calibrated"}, "--prune-ratio 1.5.*between 0 and 1"),
+    ],
+)
+def test_bad_options_are_refused_before_weights(any_tiny, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check(any_tiny.config, **options)
+    with pytest.raises(ValueError, match=sentence):
+        apply(any_tiny, **options)
 
 
 @pytest.mark.parametrize("ratio", [0, 1, 0.0, 1.0, -0.1, 1.5, float("nan")])

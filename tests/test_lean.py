@@ -16,7 +16,7 @@ from kernels.build import load_kernels
 from kernels.int8_modules import Int8Linear
 from kernels.kv_cache import RoomyCache, RoomyLayer
 from kernels.lean import LeanForward
-from optimizations import head_pruning, int4, kv_cache_quant, lean_decode, mixed_precision, quantization
+from optimizations import head_pruning, int4, kv_cache_quant, mixed_precision, quantization
 from optimizations.kv_cache_quant import Int8CacheLayer
 from optimizations.lean_decode import Float32Layer, apply
 

@@ -1,0 +1,78 @@
+"""What calibration found out about one model, kept on disk: rankings as JSON, refitted weights as safetensors.
+
+A folder belongs to one state of the weights, one calibration text and one set of options, all in its name as a hash, and
+to the code that computed it. Files appear whole or not at all, so that an interrupted run goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+ROOT = Path("~/.cache/tinyllama-optimization/calibration")
+CODE = ("refit.py", "pruning_costs.py", "compensation.py")  # a change of the maths is a change of the result
+
+
+class CalibrationCache:
+    """JSON values and tensors under names, in `folder`; a file that cannot be read counts as absent."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @classmethod
+    def of(cls, model, windows: torch.Tensor, **options) -> CalibrationCache:
+        """The cache of these weights, these calibration windows and these options (anything JSON can hold)."""
+        digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+        digest.update(windows.cpu().numpy().tobytes())
+        for name, parameter in model.named_parameters():
+            some = parameter.detach().flatten()[:: max(1, parameter.numel() // 4096)].float().cpu()
+            digest.update(f"{name}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+        for file in CODE:
+            digest.update((Path(__file__).parent / file).read_bytes())
+        return cls(ROOT.expanduser() / digest.hexdigest()[:24])
+
+    def json(self, name: str):
+        """The value saved under `name`, or None."""
+        try:
+            return json.loads((self.folder / f"{name}.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def save_json(self, name: str, value) -> None:
+        self._write(f"{name}.json", lambda path: path.write_text(json.dumps(value), encoding="utf-8"))
+
+    def tensors(self, name: str) -> dict[str, torch.Tensor] | None:
+        """The tensors saved under `name`, on the CPU, or None."""
+        try:
+            return load_file(self.folder / f"{name}.safetensors")
+        except (OSError, SafetensorError):
+            return None
+
+    def save_tensors(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        stored = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        self._write(f"{name}.safetensors", lambda path: save_file(stored, path))
+
+    def _write(self, name: str, write) -> None:
+        """Saving is a convenience: a full or read-only disk costs the next run its time, not this one its result."""
+        part = self.folder / f"{name}.{os.getpid()}.part"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(part)
+            part.replace(self.folder / name)
+        except (OSError, SafetensorError):
+            part.unlink(missing_ok=True)
+
+
+def show_progress(stage: str, done: int, total: int) -> None:
+    """One line on stderr that is written over; a line per tenth where stderr is no terminal."""
+    if sys.stderr.isatty():
+        print(f"\rcalibrating: {stage} {done}/{total} ", end="\n" if done == total else "", file=sys.stderr, flush=True)
+    elif done == total or done % max(1, total // 10) == 0:
+        print(f"calibrating: {stage} {done}/{total}", file=sys.stderr, flush=True)

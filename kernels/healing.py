@@ -1,0 +1,147 @@
+"""Short recovery: the pruned model learns the dense model's answers on calibration text, for a few minutes.
+
+The dense model's most likely tokens are kept before it is pruned, so no second model is held. Low-rank updates (LoRA, Hu et
+al. 2021, https://arxiv.org/abs/2106.09685; for pruned models: Ma et al. 2023, LLM-Pruner) of every projection are trained
+with AdamW on the KL divergence and then added into the weights: shapes, bytes and speed stay what pruning made them.
+Every eighth calibration window is never trained on; the updates that did best there are the ones kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kernels.calibration_cache import show_progress
+
+KEPT_TOKENS = 128  # of the dense distribution at each position; the others count as one outcome
+HELD_OUT_EVERY = 8
+HELD_OUT_MOST = 8
+RANK = 32
+LEARNING_RATE = 4e-4
+CHECKS = 6  # held-out readings spread over the time given
+PATIENCE = 2  # readings in a row without gain that end the training
+
+
+def check(minutes: float) -> None:
+    """Raises ValueError for a time that is no time."""
+    if not 0 <= minutes <= 600:
+        raise ValueError(f"--heal-minutes {minutes:g}: choose a number of minutes from 0 (no training) to 600")
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--heal-minutes", type=float, default=0.0, metavar="M",
+        help="then train towards the dense model's answers for so long (default: 0, no training)")  # fmt: skip
+
+
+class Teacher:
+    """The dense model's answers on `windows` int64 [W, T]: top tokens' ids and log-probabilities, [W, T, kept]."""
+
+    @torch.inference_mode()
+    def __init__(self, model, windows: torch.Tensor):
+        if len(windows) < 2:
+            raise ValueError("--heal-minutes: the calibration text fills one window; training needs two")
+        self.windows = windows.clone()
+        ids, log_probs = [], []
+        for done, window in enumerate(windows):
+            top = (
+                model(window[None], use_cache=False)
+                .logits[0]
+                .float()
+                .log_softmax(-1)
+                .topk(min(KEPT_TOKENS, model.config.vocab_size))
+            )
+            ids.append(top.indices.to(torch.int32))
+            log_probs.append(top.values)
+            show_progress("dense answers", done + 1, len(windows))
+        self.ids, self.log_probs = torch.stack(ids), torch.stack(log_probs)
+
+    def divergence(self, model, index: int) -> torch.Tensor:
+        """KL(dense || model) on one window, nats per token, differentiable."""
+        with torch.inference_mode(False):
+            window, ids, dense = self.windows[index].clone(), self.ids[index].long(), self.log_probs[index].clone()
+        logits = model(window[None], use_cache=False).logits[0].float()
+        inside = (logits - logits.logsumexp(-1, keepdim=True)).gather(1, ids)
+        dense_rest, rest = (1 - side.exp().sum(1).clamp_max(1 - 1e-6) for side in (dense, inside))
+        return ((dense.exp() * (dense - inside)).sum(1) + dense_rest * (dense_rest / rest).log()).mean()
+
+
+class LowRank(nn.Module):
+    """A frozen linear layer plus B A x; B starts at zero, so that nothing changes before the first step."""
+
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+        super().__init__()
+        self.linear = linear
+        rank = min(rank, *linear.weight.shape)
+        down = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5
+        self.a = nn.Parameter(down.to(linear.weight.device))
+        self.b = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + F.linear(F.linear(x, self.a), self.b)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        weight = self.linear.weight + self.b @ self.a
+        self.linear.weight = nn.Parameter(weight, requires_grad=False)
+        return self.linear
+
+
+def heal(model, teacher: Teacher, *, minutes: float, seed: int = 0, clock=time.monotonic) -> str:
+    """Train for at most `minutes`, in place; returns the sentence for the model's notes.
+
+    The seed fixes the order of windows and the start; how many steps fit is the machine's.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held = list(range(HELD_OUT_EVERY // 2, len(teacher.windows), HELD_OUT_EVERY))[:HELD_OUT_MOST] or [len(teacher.windows) - 1]
+    train = [index for index in range(len(teacher.windows)) if index not in held]
+    names = [name for name, part in model.model.layers.named_modules() if type(part) is nn.Linear]
+    for name in names:
+        _put(model, name, LowRank(model.model.layers.get_submodule(name), RANK, generator))
+    updates = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(updates, lr=LEARNING_RATE, weight_decay=0.0)
+    first = best = _held_out(model, teacher, held)
+    kept = [update.detach().clone() for update in updates]
+    start, steps, checks, shown, stale, order = clock(), 0, 0, 0, 0, []
+    while (used := (clock() - start) / (60 * minutes)) < 1 and stale < PATIENCE:
+        order = order or [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
+        for group in optimizer.param_groups:  # up over the first steps, then down to nothing when the time ends
+            group["lr"] = LEARNING_RATE * min(1.0, (steps + 1) / 10) * (1 - used)
+        with torch.enable_grad():
+            teacher.divergence(model, order.pop()).backward()
+        nn.utils.clip_grad_norm_(updates, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+        used = (clock() - start) / (60 * minutes)
+        if used * 10 >= shown + 1:
+            shown = min(10, int(used * 10))
+            show_progress("healing, tenths of the time", shown, 10)
+        if used * CHECKS >= checks + 1:
+            checks = int(used * CHECKS)
+            reading = _held_out(model, teacher, held)
+            stale = 0 if reading < best else stale + 1
+            if reading < best:
+                best, kept = reading, [update.detach().clone() for update in updates]
+    with torch.no_grad():
+        for update, value in zip(updates, kept, strict=True):
+            update.copy_(value)
+    for name in names:
+        _put(model, name, model.model.layers.get_submodule(name).merged())
+    spent = (clock() - start) / 60
+    return (
+        f"healed in {steps} steps, {spent:.1f} minutes: held-out KL to the dense model {first:.4f} -> {best:.4f} nats per token"
+    )
+
+
+def _put(model, name: str, module: nn.Module) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.model.layers.get_submodule(owner), leaf, module)
+
+
+@torch.no_grad()
+def _held_out(model, teacher: Teacher, held: list[int]) -> float:
+    return sum(float(teacher.divergence(model, index)) for index in held) / len(held)

@@ -1,0 +1,194 @@
+"""Which inputs of each layer's o_proj or down_proj matter, and what removing them costs the model, in nats per token.
+
+Two looks at calibration text. First one backward pass gives the moments that kernels/refit.py ranks by. Its costs are local:
+they take tokens as independent and the rest of the model as linear, and on SmolLM2's first layers they are wrong by a
+factor of a hundred. So second, each layer's cost is measured: the layer alone is cut and refitted, the layers after it run,
+and the KL divergence to the dense model is taken. Between the measured points the curve keeps the ranking's shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers.masking_utils import create_causal_mask
+
+from kernels.calibration_cache import CalibrationCache, show_progress
+from kernels.compensation import WRITERS
+from kernels.refit import SELECTION_DAMPING, damped, eliminate
+
+MOMENT_WINDOWS = 24
+PROBES, PROBE_LENGTH = 4, 256
+MEASURED_SHARES = (0.25, 0.5)  # of the steps: where removals of 10 to 40 % of the whole model land
+SMALLEST_COST = 1e-7  # nats; below it lies rounding, and ratios of costs mean nothing
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Of one layer: `order[k]` are the input groups that step k removes, `costs[k]` nats per token after it."""
+
+    order: list[list[int]]
+    costs: list[float]
+
+    def removed(self, steps: int) -> list[int]:
+        """All groups gone after `steps` steps, ascending."""
+        return sorted(group for step in self.order[:steps] for group in step)
+
+
+def moments(
+    model, windows: torch.Tensor, layers: list, *, seed: int = 0, progress=None
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """C [K, K] of each layer's inputs and G [N, N] of the gradients at its outputs, float32; windows int64 [W, T].
+
+    Gradients are of the log-likelihood of tokens drawn from the model's own distribution, so that G is the Fisher information.
+    """
+    inputs, gradients = [0.0] * len(layers), [0.0] * len(layers)
+
+    def watch(index: int):
+        def hook(_module, arguments, output):
+            x = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float()
+            inputs[index] = inputs[index] + x.T @ x
+            output.register_hook(lambda gradient: collect(index, gradient))
+
+        return hook
+
+    def collect(index: int, gradient: torch.Tensor) -> None:
+        g = gradient.reshape(-1, gradient.shape[-1]).float()
+        gradients[index] = gradients[index] + g.T @ g
+
+    handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with torch.enable_grad():
+            for done, window in enumerate(windows):
+                embedded = model.get_input_embeddings()(window[None]).detach().requires_grad_(True)
+                logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
+                F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+                if progress:
+                    progress("gradients", done + 1, len(windows))
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = windows.numel()
+    return [(c / tokens, g / tokens) for c, g in zip(inputs, gradients, strict=True)]
+
+
+def rank(
+    model, windows: torch.Tensor, probes: torch.Tensor, layers: list, *,
+    group: int, at_once: int, steps: int, points: list[int], progress=None,
+) -> list[Ranking]:  # fmt: skip
+    """The ranking of every layer of `layers` (one writer of each decoder layer, in order), costs measured at `points` steps.
+
+    windows int64 [W, T] give the moments, probes int64 [P, T] the measured divergences; no weight is changed in the end.
+    """
+    stats = moments(model, windows, layers, progress=progress)
+    local = [eliminate(layer.weight, *pair, group=group, at_once=at_once, steps=steps)
+        for layer, pair in zip(layers, stats, strict=True)]  # fmt: skip
+    divergence = Divergence(model, probes)
+    rankings = []
+    for index, (layer, (order, costs)) in enumerate(zip(layers, local, strict=True)):
+        dense, measured = layer.weight.data, {}
+        for point in points:
+            gone = Ranking(order, costs).removed(point)
+            layer.weight.data = refitted_without(dense, stats[index][0], gone, group=group)
+            measured[point] = divergence.after(index)
+        layer.weight.data = dense
+        rankings.append(Ranking(order, corrected(costs, measured)))
+        if progress:
+            progress("measuring", index + 1, len(layers))
+    return rankings
+
+
+def cached_rankings(model, windows: torch.Tensor, *, part: str, group: int, at_once: int, steps: int) -> list[Ranking]:
+    """`rank` for the "attention" or "mlp" writers on a share of `windows` [W, T], with progress on stderr, kept on disk."""
+    layers = [layer.get_submodule(WRITERS[part]) for layer in model.model.layers]
+    spread = torch.linspace(0, len(windows) - 1, min(len(windows), MOMENT_WINDOWS)).round().long()
+    probes = probe_windows(windows)
+    points = sorted({max(1, round(share * steps)) for share in MEASURED_SHARES})
+    options = {"part": part, "group": group, "at_once": at_once, "steps": steps, "points": points, "probes": list(probes.shape)}
+    cache = CalibrationCache.of(model, windows, **options)
+    kept = cache.json("rankings")
+    if kept is None:
+        found = rank(model, windows[spread], probes, layers, group=group, at_once=at_once, steps=steps, points=points,
+            progress=show_progress)  # fmt: skip
+        cache.save_json("rankings", kept := [asdict(ranking) for ranking in found])
+    return [Ranking(**entry) for entry in kept]
+
+
+def probe_windows(windows: torch.Tensor) -> torch.Tensor:
+    """The few short windows that divergences are measured on, int64 [P, T], spread over `windows` [W, T]."""
+    count = min(PROBES, len(windows))
+    return windows[((torch.arange(count) + 0.5) * len(windows) / count).long()][:, :PROBE_LENGTH]
+
+
+def refitted_without(weight: torch.Tensor, second_moment: torch.Tensor, gone: list[int], *, group: int) -> torch.Tensor:
+    """`weight` [N, K] with the columns of the groups in `gone` zero and the others refitted, in one closed form."""
+    columns = torch.ones(weight.shape[1] // group, group, dtype=torch.bool, device=weight.device)
+    columns[gone] = False
+    kept = columns.flatten().nonzero()[:, 0]
+    c = damped(second_moment, SELECTION_DAMPING)
+    result = torch.zeros_like(weight)
+    result[:, kept] = torch.linalg.solve(c[kept][:, kept], c[kept] @ weight.double().T).T.to(weight.dtype)
+    return result
+
+
+def corrected(costs: list[float], measured: dict[int, float]) -> list[float]:
+    """`costs` (after 1, 2, ... steps) scaled to pass through the `measured` ones, the factor moving geometrically between."""
+    points = sorted(measured)
+    factors = [math.log(max(measured[p], SMALLEST_COST) / max(costs[p - 1], SMALLEST_COST)) for p in points]
+    result: list[float] = []
+    for steps, cost in enumerate(costs, start=1):
+        after = next((i for i, point in enumerate(points) if point >= steps), len(points) - 1)
+        before = max(after - 1, 0) if points[after] >= steps else after
+        span = points[after] - points[before]
+        share = min(max((steps - points[before]) / span, 0.0), 1.0) if span else 0.0
+        factor = factors[before] + share * (factors[after] - factors[before])
+        result.append(max([cost * math.exp(factor), *result[-1:]]))  # removing more never costs less
+    return result
+
+
+class Divergence:
+    """KL divergence of a changed model to what it was at construction, on a few windows [P, T], in nats per token."""
+
+    @torch.inference_mode()
+    def __init__(self, model, probes: torch.Tensor):
+        self.model = model
+        hidden = model.model.embed_tokens(probes)
+        positions = torch.arange(probes.shape[1], device=probes.device)[None]
+        self._context = {
+            "position_embeddings": model.model.rotary_emb(hidden, position_ids=positions),
+            "attention_mask": create_causal_mask(
+                config=model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
+            ),
+        }
+        self._entering = [hidden]
+        self.follow()
+        self._log_probs = self._answer(self._entering[-1])
+
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """Take the model as it is now for the layers that later calls do not run; the answers compared with stay."""
+        self._entering = self._entering[:1]
+        for layer in self.model.model.layers:
+            self._entering.append(self._run(layer, self._entering[-1]))
+
+    @torch.inference_mode()
+    def after(self, index: int, instead: Callable | None = None) -> float:
+        """The divergence when only decoder layer `index` differs (runs as `instead`): layers before it are not run again."""
+        layers = list(self.model.model.layers)[index:]
+        layers[0] = instead or layers[0]
+        hidden = self._entering[index]
+        for layer in layers:
+            hidden = self._run(layer, hidden)
+        log_probs = self._answer(hidden)
+        return float(F.kl_div(log_probs, self._log_probs, log_target=True, reduction="none").sum(-1).mean())
+
+    def _run(self, layer, hidden: torch.Tensor) -> torch.Tensor:
+        return layer(hidden, **self._context)
+
+    def _answer(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.lm_head(self.model.model.norm(hidden)).float().log_softmax(-1)
