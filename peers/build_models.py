@@ -8,7 +8,7 @@ Writes  DIR/huggingface/             config.json, model.safetensors, tokenizer.j
         DIR/openvino-int8/ ...       OpenVINO IR, weights compressed by nncf while optimum-intel exports
         DIR/ctranslate2-int8/        CTranslate2's own converter
 
-Runs in the peers' environment, with the repository on the path; `compare.py` and the peers' scripts call it for what is missing:
+Runs in the peers' environment, with the repository on the path; the other scripts here call it for what is missing:
 
     PYTHONPATH=. .venv-peers/bin/python peers/build_models.py                      # everything, about 10 minutes, 10 GB
     PYTHONPATH=. .venv-peers/bin/python peers/build_models.py --only Q8_0.gguf,openvino-int8

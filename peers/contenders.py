@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -74,7 +75,13 @@ class PeerProcess:
         pipe = subprocess.PIPE
         try:
             self._process = subprocess.Popen(
-                command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, env=_environment(), text=True, start_new_session=True
+                command,
+                stdin=pipe,
+                stdout=pipe,
+                stderr=subprocess.DEVNULL,
+                env=_environment(),
+                text=True,
+                start_new_session=True,
             )
         except OSError as error:
             reason = f"--peers-python {job.python}: {error.strerror}; peers/README.md says how to make the environment"
@@ -94,10 +101,8 @@ class PeerProcess:
     def close(self) -> None:
         """End the process, whatever it is doing."""
         for stream in (self._process.stdin, self._process.stdout):
-            try:
+            with contextlib.suppress(OSError):
                 stream.close()
-            except OSError:
-                pass
         try:
             self._process.wait(2)
         except subprocess.TimeoutExpired:

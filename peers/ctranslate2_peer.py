@@ -1,8 +1,8 @@
 """CTranslate2's Generator, greedy, its own decoding loop; a callback stamps the time of each token.
 
 Measures prefill and decode of TinyLlama's architecture as `benchmark.py` defines them: the first token belongs to prefill,
-end-of-sequence ignored (the shortest length is the longest). CTranslate2 runs all of a prompt but its last token in one pass and
-that one as the first step of decoding: both are in the time to the first token, which is all it lets us see of prefill.
+end-of-sequence ignored (the shortest length is the longest). CTranslate2 runs all of a prompt but its last token in one
+pass and that one as the first step of decoding: both are in the time to the first token, all it lets us see of prefill.
 On a CPU it has 8-bit weights and none of 4 bits (its AWQ kernels need CUDA); int8_bfloat16 needs a build and a CPU
 that multiply bf16, and ends as `unsupported` elsewhere.
 

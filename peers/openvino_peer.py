@@ -1,10 +1,10 @@
 """OpenVINO's CPU plugin on the stateful model that optimum-intel exports: one inference for the prompt, one for each token.
 
 Measures prefill and decode of TinyLlama's architecture as `benchmark.py` defines them: the first token belongs to prefill,
-end-of-sequence ignored, greedy. lm_head is cut to the last position, as openvino-genai does and as our own prefill is; the exported
-graph computes all of them. Driven without openvino-genai's pipeline, which keeps the KV cache of a prompt it has seen (prefix caching): on
-a repeated prompt its prefill reads one token. Defaults of the plugin otherwise: bf16 arithmetic where there is AMX, 8-bit KV
-cache, dynamically quantised activations; the record's evidence names them.
+end-of-sequence ignored, greedy. The exported graph computes the logits of all positions; a slice put before lm_head leaves the
+last, as openvino-genai does and as our own prefill does. Driven without openvino-genai's pipeline, which keeps the KV cache
+of a prompt it has seen (prefix caching): on a repeated prompt its prefill would read one token. Defaults of the plugin
+otherwise: bf16 where there is AMX, 8-bit KV cache, dynamically quantised activations; the record's evidence names them.
 
     python peers/openvino_peer.py --peers-python .venv-peers/bin/python --quantization int8 -o results/peers
     python peers/openvino_peer.py --peers-python .venv-peers/bin/python --quantization int4 --new-tokens 64
@@ -35,7 +35,9 @@ class OpenVino:
     def load(self, *, model: str, quantization: str, threads: int, prompt_ids: list[int], new_tokens: int) -> dict:
         numpy, self.new_tokens = self.numpy, new_tokens
         graph = self.core.read_model(f"{model}/openvino_model.xml")
-        notes = None if _cut_to_last_position(graph) else ["lm_head could not be cut to the last position: prefill computes all"]
+        notes = (
+            None if _cut_to_last_position(graph) else ["lm_head could not be cut to the last position: prefill computes all"]
+        )
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": threads}
         compiled = self.core.compile_model(graph, "CPU", options)
         self.request = compiled.create_infer_request()

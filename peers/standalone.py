@@ -34,7 +34,9 @@ def build_parser(docstring: str) -> argparse.ArgumentParser:
     parser.add_argument("--new-tokens", "-n", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--threads", "-t", type=int, default=None, help="default: all physical cores")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results-dir", "-o", type=Path, default=Path("results/peers"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--results-dir", "-o", type=Path, default=Path("results/peers"), metavar="DIR", help="default: %(default)s"
+    )
     return parser
 
 
@@ -49,7 +51,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
             raise ValueError(f"--threads {args.threads}: choose 1 to {os.cpu_count()}")
         limit = models.TINYLLAMA_SHAPE["max_position_embeddings"]
         if args.prompt_tokens + args.new_tokens > limit:
-            raise ValueError(f"--prompt-tokens + --new-tokens is {args.prompt_tokens + args.new_tokens}: choose at most {limit}")
+            raise ValueError(
+                f"--prompt-tokens + --new-tokens is {args.prompt_tokens + args.new_tokens}: choose at most {limit}"
+            )
         cli.check_results_dir(args.results_dir)
     except ValueError as error:
         cli.fail(parser, error)
@@ -67,7 +71,9 @@ def main(engine: str, docstring: str, argv: list[str] | None = None) -> int:
     """Measure one peer alone and write its record. Exit codes: 0 measured or unsupported, 1 failed, 2 bad arguments."""
     quantizations = ENGINES[engine][1]
     parser = build_parser(docstring)
-    parser.add_argument("--quantization", default=next(iter(quantizations)), choices=list(quantizations), help="default: %(default)s")
+    parser.add_argument(
+        "--quantization", default=next(iter(quantizations)), choices=list(quantizations), help="default: %(default)s"
+    )
     parser.add_argument("--repeats", "-r", type=int, default=5, help="timed generations (default: %(default)s)")
     args = parse(parser, argv)
     script = f"peers/{engine}_peer.py"
