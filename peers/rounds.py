@@ -13,7 +13,7 @@ import judgement
 import records
 from devices import available_memory_mb
 from measurement import HEADROOM, console
-from peers import contenders
+from peers import contenders, standalone
 from peers.build_models import MODEL
 from peers.contenders import PEERS, PeerJob, PeerProcess
 from run_optimization import RECIPES
@@ -149,7 +149,7 @@ class Comparison:
         console.print(summary(record), markup=False)
 
     def _new_record(self, name: str) -> dict:
-        repro = " ".join(["python", "peers/compare.py", *sys.argv[1:]])
+        repro = standalone.repro("peers/compare.py", sys.argv[1:])
         if name in PEERS:
             return contenders.new_record(PEERS[name], repro)
         steps = [

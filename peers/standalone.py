@@ -67,6 +67,15 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     return args
 
 
+def repro(script: str, argv: list[str]) -> str:
+    """The command, without where this machine keeps its environment and its models."""
+    kept, places = [], ("--peers-python", "--model-dir")
+    for position, flag in enumerate(argv):
+        if not flag.startswith(places) and (position == 0 or argv[position - 1] not in places):
+            kept.append(flag)
+    return " ".join(["python", script, *kept])
+
+
 def main(engine: str, docstring: str, argv: list[str] | None = None) -> int:
     """Measure one peer alone and write its record. Exit codes: 0 measured or unsupported, 1 failed, 2 bad arguments."""
     quantizations = ENGINES[engine][1]
@@ -76,8 +85,8 @@ def main(engine: str, docstring: str, argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--repeats", "-r", type=int, default=5, help="timed generations (default: %(default)s)")
     args = parse(parser, argv)
-    script = f"peers/{engine}_peer.py"
-    record = contenders.new_record(Peer(engine, args.quantization), " ".join(["python", script, *(argv or sys.argv[1:])]))
+    command = repro(f"peers/{engine}_peer.py", sys.argv[1:] if argv is None else argv)
+    record = contenders.new_record(Peer(engine, args.quantization), command)
     measure(record, PeerJob(
         peer=Peer(engine, args.quantization), python=args.peers_python, model_dir=args.model_dir, threads=args.threads,
         workload=args.workload, prompt_ids=args.inputs.input_ids[0].tolist(),

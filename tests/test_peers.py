@@ -111,6 +111,11 @@ def test_a_crash_names_the_signal(job, tmp_path):
     assert record["status"] == "failed" and "SIGSEGV" in record["reason"]
 
 
+def test_the_command_names_no_place_of_this_machine():
+    flags = ["-r", "9", "--peers-python", "/home/me/bin/python", "--model-dir=/data", "--seed", "1"]
+    assert standalone.repro("peers/compare.py", flags) == "python peers/compare.py -r 9 --seed 1"
+
+
 def test_too_few_tokens_are_no_result():
     reply = {"tokens": 2, "prefill_s": 1.0, "ttft_s": 1.0, "decode_s": 1.0}
     with pytest.raises(RecipeError, match="2 tokens were generated, 3"):
