@@ -23,7 +23,6 @@ RECIPES = {
     "int8_original": ("Int8, per token", [("quantization", {"scheme": "dynamic", "smoothing": 0.0})]),
     "int8_weight_only": ("Int8, weights only", [("quantization", {"scheme": "weight-only"})]),
     "int8_classic": ("Int8, torch's own (classic)", [("quantization", {"scheme": "classic"})]),
-    "int4": ("Int4, 4.6 bits", [("int4", {})]),
     "head_pruning": ("Head pruning 25 %", [("head_pruning", {})]),
     "kv_cache_int8": ("Int8 KV cache", [("kv_cache_quant", {})]),
     "lean": ("Lean decode", [LEAN]),
@@ -46,14 +45,15 @@ def main(argv: list[str] | None = None) -> int:
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
         cli.fail(parser, ValueError(f"--recipes {unknown[0]!r}: choose from {', '.join(RECIPES)}"))
-    steps = {name: with_dtype(RECIPES[name][1], args.dtype) for name in names}
+    steps = {name: with_options(RECIPES[name][1], dtype=args.dtype, quick=args.quick) for name in names}
     titles = {name: RECIPES[name][0] for name in names} | {"baseline": "Baseline (fp32)"}
     return experiment.run(steps, args, parser=parser, titles=titles, aa=True)
 
 
-def with_dtype(steps, dtype: str):
-    """The same steps, mixed precision in `dtype`."""
-    return [(technique, options | ({"dtype": dtype} if technique == "mixed_precision" else {})) for technique, options in steps]
+def with_options(steps, *, dtype: str, quick: bool):
+    """The same steps, mixed precision in `dtype`; in a quick run int4 is rounded to nearest, for GPTQ takes minutes."""
+    changes = {"mixed_precision": {"dtype": dtype}, "int4": {"rounding": "nearest", "int8_layers": "none"} if quick else {}}
+    return [(technique, options | changes.get(technique, {})) for technique, options in steps]
 
 
 if __name__ == "__main__":

@@ -248,7 +248,15 @@ def test_defaults_of_the_flags_are_those_of_apply(started, technique):
 
 def test_flags_of_a_technique_reach_apply(started):
     recipes, _ = started("optimizations.head_pruning", "--prune-ratio", "0.15", "--mode", "mask")
-    assert list(recipes.values()) == [[("head_pruning", {"prune_ratio": 0.15, "mode": "mask"})]]
+    assert list(recipes.values()) == [
+        [
+            (
+                "head_pruning",
+                importlib.import_module("optimizations.head_pruning").apply.__kwdefaults__
+                | {"prune_ratio": 0.15, "mode": "mask"},
+            )
+        ]
+    ]
 
 
 def test_workload_of_the_flags(started):
@@ -281,8 +289,8 @@ def test_every_recipe_names_techniques_and_options_that_exist(name):
 
 @pytest.mark.parametrize("name", run_optimization.RECIPES)
 def test_recipes_keep_the_order_of_combination(name):
-    """prune -> precision -> weights -> cache: any other order is refused by the techniques."""
-    order = ["head_pruning", "mixed_precision", "quantization", "kv_cache_quant"]
+    """prune -> precision -> weights -> cache -> lean pass: any other order is refused by the techniques."""
+    order = ["head_pruning", "mixed_precision", "quantization", "int4", "kv_cache_quant", "lean_decode"]
     positions = [order.index(technique) for technique, _ in run_optimization.RECIPES[name][1]]
     assert positions == sorted(set(positions))
 
