@@ -106,7 +106,7 @@ def test_divergence_of_a_shifted_logit(windows, shift):
     p = float(logits.double().softmax(-1)[5])
     expected = math.log(1 + p * (math.exp(shift) - 1)) - p * shift
     summary = score_variant(Fixed(shifted), score_baseline(Fixed(logits), windows, chunk=8))
-    assert summary["kl_divergence"] == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    assert summary["kl_divergence"] == pytest.approx(expected, rel=1e-3, abs=3e-7)
 
 
 def test_divergence_is_baseline_against_variant_and_not_the_reverse(windows):
