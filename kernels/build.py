@@ -19,7 +19,7 @@ import torch
 from kernels.packing import pack_nibble_panels, pack_panels, pack_scales
 
 HERE = Path(__file__).parent
-SOURCES, HEADERS = [HERE / "linear.cpp", HERE / "step.cpp"], sorted(HERE.glob("*.h"))
+SOURCES, HEADERS = sorted(HERE.glob("*.cpp")), sorted(HERE.glob("*.h"))
 COMPILE_TIMEOUT_S = 600
 
 
@@ -93,7 +93,7 @@ def _compile(library: Path) -> None:
     from torch.utils import cpp_extension
 
     library.parent.mkdir(parents=True, exist_ok=True)
-    print("compiling kernels/*.cpp (once, about half a minute) ...", file=sys.stderr, flush=True)
+    print("compiling kernels/*.cpp (once, under a minute) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="tinyopt_build_") as folder:
         built = Path(folder) / library.name
         command = [_compiler(), *_flags(), *map(str, SOURCES), "-o", str(built)]

@@ -1,6 +1,6 @@
 """What a decoder layer does between its products, each with a slow twin in PyTorch: norm, positions, attention, gate.
 
-The kernels (step.cpp) save calls, not arithmetic: at one token a step, a dozen small operators a layer cost more time than
+The kernels (layer.cpp, attention.cpp) save calls, not arithmetic: at one token a step, a dozen small operators a layer cost more time than
 their numbers. All work on float32 activations; the cache may hold float32, bfloat16 or int8 (kernels/kv_cache.py).
 """
 
@@ -33,7 +33,7 @@ def is_packed(layer) -> bool:
 
 
 def _kind(layer) -> int:
-    """The number that step.cpp knows the layer's product by."""
+    """The number that layer.cpp knows the layer's product by."""
     if layer.weight.dtype == torch.bfloat16:
         return 3
     return 2 if layer.weight.dtype == torch.uint8 else 0 if layer.int8_activations else 1

@@ -1,11 +1,9 @@
-// What a decoder layer does between its products: norm, rotary positions, the KV cache, attention, the gate.
+// Attention over a KV cache that is read as it lies, and what enters it.
 //
-// Each would be several small operators in PyTorch, and at one token a step the calls themselves are what takes time.
 // Keys and values lie in [B, Hkv, capacity, d] and never move: float32, bfloat16, or int8 with a float32 scale per token
-// and KV head [B, Hkv, capacity]. Attention reads them as they are. All query heads of a KV head share each row it reads.
+// and KV head [B, Hkv, capacity]. All query heads of a KV head share each row that is read.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <cmath>
@@ -13,43 +11,17 @@
 #include <optional>
 #include <vector>
 
-#include "isa.h"
-#include "linear.h"
+#include "attention.h"
+#include "vector.h"
 
 namespace {
 
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kBlock = 64;      // keys and values widened to float32 at a time: they stay in the first-level cache
-constexpr int64_t kSegment = 256;   // keys of one task; fixed, so that a sum's order does not depend on rows or threads
+constexpr int64_t kBlock = 64;     // keys and values widened to float32 at a time: they stay in the first-level cache
+constexpr int64_t kSegment = 256;  // keys of one task; fixed, so that a sum's order does not depend on rows or threads
 constexpr int64_t kMaxHeadDim = 256;
-
-typedef float Vec __attribute__((vector_size(64)));
-constexpr int64_t kLanes = 16;
-
-INLINE_BODY Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-INLINE_BODY void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-
-// exp(x) for x <= 0, to 2e-7 relative: 2^n times a polynomial of the rest.
-INLINE_BODY float fast_exp(float x) {
-  const float t = std::max(x, -87.f) * 1.44269504f, n = (t + 12582912.f) - 12582912.f, f = t - n;
-  float p = 1.5403530e-4f;  // Taylor series of 2^f, |f| <= 0.5
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
-  p = p * f + 1.f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return p * power;
-}
 
 INLINE_BODY float widened(float v) { return v; }
 INLINE_BODY float widened(int8_t v) { return static_cast<float>(v); }
@@ -59,8 +31,6 @@ INLINE_BODY float widened(uint16_t v) {  // bfloat16 is the upper half of a floa
   std::memcpy(&f, &bits, 4);
   return f;
 }
-
-// ---- attention ----
 
 struct Attention {
   const float* q;                        // [B, T, Hq, d]
@@ -171,6 +141,32 @@ void check_cache(const char* op, const Tensor& cache, const optional<Tensor>& sc
               op, ": scales must be contiguous float32 [B, Hkv, capacity]");
 }
 
+uint16_t bf16_bits(float v) { return c10::BFloat16(v).x; }
+
+// Puts one row of d numbers where token `token` of a cache has its place.
+void keep(const float* row, int64_t d, const Tensor& cache, float* scales, int64_t token) {
+  if (cache.scalar_type() == at::kFloat) {
+    std::copy_n(row, d, cache.mutable_data_ptr<float>() + token * d);
+  } else if (cache.scalar_type() == at::kBFloat16) {
+    auto* to = static_cast<uint16_t*>(cache.mutable_data_ptr()) + token * d;
+    for (int64_t i = 0; i < d; ++i) to[i] = bf16_bits(row[i]);
+  } else {
+    float largest = 0.f;
+    bool finite = true;
+    for (int64_t i = 0; i < d; ++i) {
+      largest = std::max(largest, std::abs(row[i]));
+      finite &= std::isfinite(row[i]);
+    }
+    const float scale = finite ? largest / 127.f : NAN;  // NaN must show in what attention reads
+    scales[token] = scale;
+    int8_t* to = cache.mutable_data_ptr<int8_t>() + token * d;
+    for (int64_t i = 0; i < d; ++i)
+      to[i] = scale > 0.f ? static_cast<int8_t>(std::clamp(std::nearbyint(row[i] / scale), -127.f, 127.f)) : 0;
+  }
+}
+
+}  // namespace
+
 // q float32 [B, T, Hq, d], the last T of `length` tokens -> float32 [B, T, Hq * d]. Row t sees length - T + t + 1 keys.
 Tensor attend(const Tensor& q, const Tensor& keys, const Tensor& values, const optional<Tensor>& key_scale,
               const optional<Tensor>& value_scale, int64_t length, double scaling, const optional<Tensor>& kv_of_head) {
@@ -222,32 +218,6 @@ Tensor attend(const Tensor& q, const Tensor& keys, const Tensor& values, const o
   return out;
 }
 
-// ---- rotary positions, and what enters the cache ----
-
-uint16_t bf16_bits(float v) { return c10::BFloat16(v).x; }
-
-// Puts one row of d numbers where token `token` of a cache has its place.
-void keep(const float* row, int64_t d, const Tensor& cache, float* scales, int64_t token) {
-  if (cache.scalar_type() == at::kFloat) {
-    std::copy_n(row, d, cache.mutable_data_ptr<float>() + token * d);
-  } else if (cache.scalar_type() == at::kBFloat16) {
-    auto* to = static_cast<uint16_t*>(cache.mutable_data_ptr()) + token * d;
-    for (int64_t i = 0; i < d; ++i) to[i] = bf16_bits(row[i]);
-  } else {
-    float largest = 0.f;
-    bool finite = true;
-    for (int64_t i = 0; i < d; ++i) {
-      largest = std::max(largest, std::abs(row[i]));
-      finite &= std::isfinite(row[i]);
-    }
-    const float scale = finite ? largest / 127.f : NAN;  // NaN must show in what attention reads
-    scales[token] = scale;
-    int8_t* to = cache.mutable_data_ptr<int8_t>() + token * d;
-    for (int64_t i = 0; i < d; ++i)
-      to[i] = scale > 0.f ? static_cast<int8_t>(std::clamp(std::nearbyint(row[i] / scale), -127.f, 127.f)) : 0;
-  }
-}
-
 // qkv float32 [B, T, (Hq + 2 Hkv) * d] -> q [B, T, Hq, d] with its positions; keys and values go to places past.. of the
 // cache. cos and sin float32 [positions, d / 2], halves rotated as in transformers' Llama.
 Tensor rope_append(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const Tensor& keys, const Tensor& values,
@@ -286,142 +256,4 @@ Tensor rope_append(const Tensor& qkv, const Tensor& cos, const Tensor& sin, cons
     }
   });
   return q;
-}
-
-// ---- norm and gate ----
-
-INLINE_BODY void norm_rows(float* x, const float* add, const float* w, int64_t h, float eps, int64_t begin, int64_t end, float* y) {
-  for (int64_t r = begin; r < end; ++r) {
-    float *row = x + r * h, *out = y + r * h;
-    if (add)
-      for (int64_t i = 0; i < h; ++i) row[i] += add[r * h + i];
-    Vec squares = {};
-    int64_t i = 0;
-    for (; i + kLanes <= h; i += kLanes) squares += load(row + i) * load(row + i);
-    float sum = 0.f;
-    for (; i < h; ++i) sum += row[i] * row[i];
-    for (int64_t lane = 0; lane < kLanes; ++lane) sum += squares[lane];
-    const float scale = 1.f / std::sqrt(sum / static_cast<float>(h) + eps);
-    for (i = 0; i < h; ++i) out[i] = w[i] * (row[i] * scale);
-  }
-}
-#if defined(__x86_64__)
-TARGET_AVX512 void norm_avx512(float* x, const float* add, const float* w, int64_t h, float eps, int64_t b, int64_t e, float* y) {
-  norm_rows(x, add, w, h, eps, b, e, y);
-}
-TARGET_AVX2 void norm_avx2(float* x, const float* add, const float* w, int64_t h, float eps, int64_t b, int64_t e, float* y) {
-  norm_rows(x, add, w, h, eps, b, e, y);
-}
-#endif
-
-// residual float32 [..., H] becomes residual + update; returns its RMSNorm times weight [H].
-Tensor add_rms_norm(const Tensor& residual, const optional<Tensor>& update, const Tensor& weight, double eps) {
-  const int64_t h = weight.numel(), m = residual.numel() / h;
-  TORCH_CHECK(residual.scalar_type() == at::kFloat && residual.is_contiguous() && weight.scalar_type() == at::kFloat &&
-                  residual.numel() == m * h && (!update || (update->scalar_type() == at::kFloat && update->is_contiguous() &&
-                                                            update->numel() == residual.numel())),
-              "add_rms_norm: residual, update and weight must be contiguous float32");
-  Tensor out = at::empty(residual.sizes(), at::kFloat);
-  float *x = residual.mutable_data_ptr<float>(), *y = out.mutable_data_ptr<float>(), e = static_cast<float>(eps);
-  const float *add = update ? update->const_data_ptr<float>() : nullptr, *w = weight.const_data_ptr<float>();
-  at::parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
-#if defined(__x86_64__)
-    if (active_isa() == Isa::kAvx512) return norm_avx512(x, add, w, h, e, begin, end, y);
-    if (active_isa() == Isa::kAvx2) return norm_avx2(x, add, w, h, e, begin, end, y);
-#endif
-    norm_rows(x, add, w, h, e, begin, end, y);
-  });
-  return out;
-}
-
-INLINE_BODY void silu_mul_rows(const float* from, int64_t width, int64_t begin, int64_t end, float* to) {
-  for (int64_t r = begin; r < end; ++r) {
-    const float *gate = from + r * 2 * width, *up = gate + width;
-    for (int64_t i = 0; i < width; ++i) {
-      const float e = fast_exp(-std::abs(gate[i])), sigmoid = (gate[i] < 0.f ? e : 1.f) / (1.f + e);
-      to[r * width + i] = gate[i] * sigmoid * up[i];
-    }
-  }
-}
-#if defined(__x86_64__)
-TARGET_AVX512 void silu_mul_avx512(const float* x, int64_t n, int64_t b, int64_t e, float* y) { silu_mul_rows(x, n, b, e, y); }
-TARGET_AVX2 void silu_mul_avx2(const float* x, int64_t n, int64_t b, int64_t e, float* y) { silu_mul_rows(x, n, b, e, y); }
-#endif
-
-// [..., 2 I] = gate, up -> silu(gate) * up, [..., I].
-Tensor silu_mul(const Tensor& gate_up) {
-  TORCH_CHECK(gate_up.scalar_type() == at::kFloat && gate_up.is_contiguous() && gate_up.size(-1) % 2 == 0,
-              "silu_mul: gate and up must be one contiguous float32 tensor [..., 2 I]");
-  auto shape = gate_up.sizes().vec();
-  const int64_t width = shape.back() /= 2, m = width ? gate_up.numel() / (2 * width) : 0;
-  Tensor out = at::empty(shape, at::kFloat);
-  const float* x = gate_up.const_data_ptr<float>();
-  float* y = out.mutable_data_ptr<float>();
-  at::parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
-#if defined(__x86_64__)
-    if (active_isa() == Isa::kAvx512) return silu_mul_avx512(x, width, begin, end, y);
-    if (active_isa() == Isa::kAvx2) return silu_mul_avx2(x, width, begin, end, y);
-#endif
-    silu_mul_rows(x, width, begin, end, y);
-  });
-  return out;
-}
-
-// ---- a whole layer ----
-
-enum Kind : int64_t { kInt8, kInt8WeightOnly, kInt4, kBFloat16 };
-
-// residual float32 [B, T, H] of the newest T tokens goes through one decoder layer, in place. Products in their order: qkv,
-// o, gate_up, down; `scales` and `minimums` as their `kinds` want them; `outputs` and `groups` a number each.
-void decoder_layer(const Tensor& residual, at::TensorList norms, at::TensorList packed,
-                   const c10::List<optional<Tensor>>& scales, const c10::List<optional<Tensor>>& minimums,
-                   at::IntArrayRef kinds, at::IntArrayRef outputs, at::IntArrayRef groups, const Tensor& cos,
-                   const Tensor& sin, const Tensor& keys, const Tensor& values, const optional<Tensor>& key_scale,
-                   const optional<Tensor>& value_scale, int64_t past, double scaling, double eps,
-                   const optional<Tensor>& kv_of_head) {
-  TORCH_CHECK(residual.dim() == 3 && norms.size() == 2 && packed.size() == 4 && scales.size() == 4 && minimums.size() == 4 &&
-                  kinds.size() == 4 && outputs.size() == 4 && groups.size() == 4,
-              "decoder_layer: residual [B, T, H], two norms and four products are needed");
-  const int64_t batch = residual.size(0), tokens = residual.size(1);
-  const auto product = [&](size_t i, const Tensor& x) {
-    const Tensor rows = x.reshape({batch * tokens, -1});
-    if (kinds[i] == kBFloat16) return bf16_linear(rows, packed[i], outputs[i], {});
-    const Tensor scale = scales.get(i).value();
-    if (kinds[i] == kInt8) return int8_linear(rows, packed[i], scale, outputs[i], groups[i], {});
-    if (kinds[i] == kInt8WeightOnly) return int8_weight_only_linear(rows, packed[i], scale, outputs[i], groups[i], {});
-    return int4_linear(rows, packed[i], scale, minimums.get(i).value(), outputs[i], groups[i], {});
-  };
-  const Tensor qkv = product(0, add_rms_norm(residual, {}, norms[0], eps)).view({batch, tokens, outputs[0]});
-  const Tensor q = rope_append(qkv, cos, sin, keys, values, key_scale, value_scale, past);
-  const Tensor attended = attend(q, keys, values, key_scale, value_scale, past + tokens, scaling, kv_of_head);
-  const Tensor inputs = add_rms_norm(residual, product(1, attended), norms[1], eps);
-  const Tensor down = product(3, silu_mul(product(2, inputs)));
-  float* x = residual.mutable_data_ptr<float>();
-  const float* add = down.const_data_ptr<float>();
-  for (int64_t i = 0; i < residual.numel(); ++i) x[i] += add[i];
-}
-
-}  // namespace
-
-TORCH_LIBRARY_FRAGMENT(tinyopt, m) {
-  m.def("add_rms_norm(Tensor(a!) residual, Tensor? update, Tensor weight, float eps) -> Tensor");
-  m.def("silu_mul(Tensor gate_up) -> Tensor");
-  m.def(
-      "rope_append(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scale, "
-      "Tensor(d!)? value_scale, int past) -> Tensor");
-  m.def(
-      "attend(Tensor q, Tensor keys, Tensor values, Tensor? key_scale, Tensor? value_scale, int length, float scaling, "
-      "Tensor? kv_of_head=None) -> Tensor");
-  m.def(
-      "decoder_layer(Tensor(a!) residual, Tensor[] norms, Tensor[] packed, Tensor?[] scales, Tensor?[] minimums, "
-      "int[] kinds, int[] outputs, int[] groups, Tensor cos, Tensor sin, Tensor(b!) keys, Tensor(c!) values, "
-      "Tensor(d!)? key_scale, Tensor(e!)? value_scale, int past, float scaling, float eps, Tensor? kv_of_head=None) -> ()");
-}
-
-TORCH_LIBRARY_IMPL(tinyopt, CPU, m) {
-  m.impl("add_rms_norm", add_rms_norm);
-  m.impl("silu_mul", silu_mul);
-  m.impl("rope_append", rope_append);
-  m.impl("attend", attend);
-  m.impl("decoder_layer", decoder_layer);
 }

@@ -1,0 +1,38 @@
+// Sixteen float32 at a time, on whatever instructions the function around it is compiled for, and exp for them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+
+namespace {
+
+typedef float Vec __attribute__((vector_size(64)));
+constexpr int64_t kLanes = 16;
+
+INLINE_BODY Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE_BODY void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+// exp(x) for x <= 0, to 2e-7 relative: 2^n times a polynomial of the rest.
+INLINE_BODY float fast_exp(float x) {
+  const float t = std::max(x, -87.f) * 1.44269504f, n = (t + 12582912.f) - 12582912.f, f = t - n;
+  float p = 1.5403530e-4f;  // Taylor series of 2^f, |f| <= 0.5
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.f;
+  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, 4);
+  return p * power;
+}
+
+}  // namespace
