@@ -73,7 +73,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
             raise ValueError(f"--batch-size {min(batch_sizes)}: choose 1 or more")
         args.axes = list(itertools.product(depths, batch_sizes))[1:]
         if args.budget_s is None:
-            args.budget_s = 4.0 if args.quick else 20.0
+            args.budget_s = 4.0 if args.quick else 14.0
         if not args.budget_s > 0:
             raise ValueError(f"--budget-s {args.budget_s:g}: choose a number of seconds above 0")
         args.prompts = read_prompts(args.prompts_file)
