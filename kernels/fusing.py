@@ -19,6 +19,8 @@ def fuse(layers: list[nn.Module]) -> nn.Module | None:
 
     None where they cannot be joined: of different kinds, groups or precisions, or a panel would hold channels of two.
     """
+    if not all(isinstance(getattr(layer, "weight", None), torch.Tensor) for layer in layers):
+        return None  # torch's own quantised layers keep their weights to themselves
     first = layers[0]
     names = [name for name in ("weight", "scale", "minimum") if name in first._buffers or name in first._parameters]
     if any(_kind(layer) != _kind(first) for layer in layers) or any(layer.bias is not None for layer in layers):

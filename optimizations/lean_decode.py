@@ -1,13 +1,14 @@
 """A decode step without overhead: fused products, a cache that never moves, attention that reads it in place.
 
-Idea    A token of TinyLlama in int8 needs 1.1 GB of weights: 35 ms at 32 GB/s. transformers' forward adds 20 ms of Python,
+Idea    A token of TinyLlama in int8 needs 1.1 GB of weights: 36 ms at 30 GB/s. transformers' forward adds 20 ms of Python,
         masks, copies of the KV cache and small operators. Here q/k/v and gate/up are one product each, keys and values are
-        written where they stay, and norm, positions, attention and gate are one operator each: under 2 ms remain.
+        written where they stay, and for few tokens a whole layer is one call: 8 ms remain (docs/performance-log.md).
 Helps   Most where a token costs least: small models, few bytes. It changes no weight, so it goes on top of any recipe.
 Cache   Keys and values are kept in bfloat16 (`--kv-dtype float32` for exactness), unless kv_cache_quant came before and
         keeps them in int8. Attention folds the int8 scales into scores and probabilities; nothing is expanded first.
 Serves  `generate` too: greedy, sampling, beams. Padded batches go through transformers' own forward, with the same cache.
 Loses   Nothing measured, on a CPU with the kernels. Elsewhere the PyTorch twins of the operators run: correct, hardly faster.
+        A layer whose q, k and v are not of one precision (int4 with some layers in int8) cannot be one call.
 Papers  Pope et al. 2022, inference as reading weights: https://arxiv.org/abs/2211.05102; Dao et al. 2022, FlashAttention's
         running softmax: https://arxiv.org/abs/2205.14135
 Writes  lean_decode_results.json beside the baseline's, and charts, in the results folder.

@@ -25,6 +25,7 @@ RECIPES = {
     "bf16": mixed_precision.apply,
     "int8": quantization.apply,
     "weight_only": lambda model: quantization.apply(model, scheme="weight-only"),
+    "classic": lambda model: quantization.apply(model, scheme="classic"),
     "int4": lambda model: int4.apply(with_source(model), rounding="nearest", int8_layers="none", group_size=32),
 }
 
