@@ -236,7 +236,7 @@ def row_sentence(consolidated, name):
     speed = f"{times(factor, ends)}, " if factor is not None and record is not baseline else ""
     speed += f"{row[1].split(' (')[0]} tokens/s" + (f" ({record['verdict']})" if record.get("verdict") else "")
     quality = f"perplexity {row[4].replace('(', '(retention ')}" + (f" ({RANDOM})" if record.get("random_weights") else "")
-    return escape(f"Measured: decode {speed}; peak memory in MB {row[2]}; model size in MB {row[3]}; {quality}.")
+    return escape(f"{label(record)}: decode {speed}; peak memory in MB {row[2]}; model size in MB {row[3]}; {quality}.")
 
 
 # README and command line.

@@ -243,7 +243,7 @@ def test_readme_markers_are_rewritten_once_and_then_stay(folder, results):
 
 def test_a_row_is_one_sentence_with_interval_and_retention(folder, results):
     assert report.row_sentence(results, "int8") == (
-        "Measured: decode 2.94x [2.85, 3.00], 21.9 tokens/s (faster); peak memory in MB 1750 (-65 %); "
+        "INT8 weights and activations: decode 2.94x [2.85, 3.00], 21.9 tokens/s (faster); peak memory in MB 1750 (-65 %); "
         "model size in MB 1240 (-72 %); perplexity 8.04 (retention 99.5 %)."
     )
     assert report.row_sentence(results, "int8_classic").startswith("No result - unsupported: oneDNN")
