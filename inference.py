@@ -1,6 +1,6 @@
 """What a user of an optimised model holds: `Inference(...)` loads, `.generate(prompt)` answers.
 
-Each technique's own small class (`QuantizedInference(...)` and so on) only adds its `apply` to this one.
+Each technique's own small class (`QuantizedInference(...)` and so on) only puts its `apply` in the place of this one's.
 """
 
 from __future__ import annotations
@@ -14,17 +14,22 @@ from devices import pick_device
 
 
 class Inference:
-    """A model with its tokenizer. `model` is anything `--model` takes; `device` auto, cpu, cuda or mps.
+    """A model with its tokenizer. `model` is anything `--model` takes; `device` auto, cpu, cuda or mps; options go to `apply`.
 
     Raises ValueError in one sentence for a model or device that cannot be had.
     """
 
-    def __init__(self, model: str = "auto", *, device: str = "auto"):
+    @staticmethod
+    def apply(model):
+        """The technique: none."""
+        return model
+
+    def __init__(self, model: str = "auto", *, device: str = "auto", **options):
         source = models.find_model(model)
         if source.notice:
             print(f"NOTE  {source.notice}")
         self.tokenizer = models.load_tokenizer(source)
-        self.model = models.load_model(source, device=pick_device(device))
+        self.model = self.apply(models.load_model(source, device=pick_device(device)), **options)
 
     def generate(self, prompt: str, *, max_new_tokens: int = 64, **generation_options) -> str:
         """The continuation of `prompt`, greedy unless told otherwise; options go to transformers' `generate`."""

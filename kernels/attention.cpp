@@ -25,12 +25,7 @@ constexpr int64_t kMaxHeadDim = 256;
 
 INLINE_BODY float widened(float v) { return v; }
 INLINE_BODY float widened(int8_t v) { return static_cast<float>(v); }
-INLINE_BODY float widened(uint16_t v) {  // bfloat16 is the upper half of a float32
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
+INLINE_BODY float widened(uint16_t v) { return from_bf16(v); }
 
 struct Attention {
   const float* q;                        // [B, T, Hq, d]
@@ -84,7 +79,6 @@ INLINE_BODY void attend_segment(const Attention& a, int64_t b, int64_t kv_head, 
         }
         const float shrink = state[d + 1] == largest ? 1.f : fast_exp(state[d + 1] - largest);
         float total[kLanes] = {};
-        for (int64_t j = seen; j < kBlock; ++j) p[j] = -INFINITY;
         for (int64_t j = 0; j < kBlock; ++j) p[j] = j < seen ? fast_exp(p[j] - largest) : 0.f;
         for (int64_t j = 0; j < kBlock; ++j) total[j % kLanes] += p[j];
         for (int64_t lane = 1; lane < kLanes; ++lane) total[0] += total[lane];

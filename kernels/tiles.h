@@ -15,7 +15,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "isa.h"
+#include "vector.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -45,13 +45,6 @@ struct Tile {
   float* out;            // [rows, kChannels], overwritten
 };
 using TileFn = void (*)(const Tile&);
-
-INLINE_BODY float from_bf16(uint16_t v) {  // a bfloat16 is the upper half of a float32
-  const uint32_t bits = static_cast<uint32_t>(v) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -1,4 +1,4 @@
-// Sixteen float32 at a time, on whatever instructions the function around it is compiled for, and exp for them.
+// Sixteen float32 at a time, on whatever instructions the function around it is compiled for, exp for them, and bfloat16.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +18,13 @@ INLINE_BODY Vec load(const float* p) {
   return v;
 }
 INLINE_BODY void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+
+INLINE_BODY float from_bf16(uint16_t v) {  // a bfloat16 is the upper half of a float32
+  const uint32_t bits = static_cast<uint32_t>(v) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
 
 // exp(x) for x <= 0, to 2e-7 relative: 2^n times a polynomial of the rest.
 INLINE_BODY float fast_exp(float x) {

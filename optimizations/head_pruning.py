@@ -225,9 +225,7 @@ def _head_rows(heads: torch.Tensor, head_dim: int) -> torch.Tensor:
 class PrunedInference(Inference):
     """`PrunedInference(prune_ratio=0.15).generate("Hello")`: load, prune, answer."""
 
-    def __init__(self, model: str = "auto", *, device: str = "auto", **options):
-        super().__init__(model, device=device)
-        self.model = apply(self.model, **options)
+    apply = staticmethod(apply)
 
 
 def main(argv: list[str] | None = None) -> int:

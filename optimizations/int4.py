@@ -203,9 +203,7 @@ def _summary(names: list[str]) -> str:
 class Int4Inference(Inference):
     """`Int4Inference(max_bits=6).generate("Hello")`: load, quantise, answer."""
 
-    def __init__(self, model: str = "auto", *, device: str = "auto", **options):
-        super().__init__(model, device=device)
-        self.model = apply(self.model, **options)
+    apply = staticmethod(apply)
 
 
 def main(argv: list[str] | None = None) -> int:

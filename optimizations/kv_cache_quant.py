@@ -75,9 +75,7 @@ def quantize_tokens(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 class KVCacheQuantInference(Inference):
     """`KVCacheQuantInference().generate("Hello")`: load, switch to the int8 cache, answer."""
 
-    def __init__(self, model: str = "auto", *, device: str = "auto"):
-        super().__init__(model, device=device)
-        self.model = apply(self.model)
+    apply = staticmethod(apply)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -130,9 +130,7 @@ def _remove_blocks(model, gone: list[int]) -> None:
 class LayerPrunedInference(Inference):
     """`LayerPrunedInference(what="blocks", count=1).generate("Hello")`: load, prune, answer."""
 
-    def __init__(self, model: str = "auto", *, device: str = "auto", **options):
-        super().__init__(model, device=device)
-        self.model = apply(self.model, **options)
+    apply = staticmethod(apply)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -71,9 +71,7 @@ def check(config, *, kv_dtype: str = "bfloat16") -> None:
 class LeanInference(Inference):
     """`LeanInference().generate("Hello")`: load, shorten the forward pass, answer."""
 
-    def __init__(self, model: str = "auto", *, device: str = "auto", **options):
-        super().__init__(model, device=device)
-        self.model = apply(self.model, **options)
+    apply = staticmethod(apply)
 
 
 def main(argv: list[str] | None = None) -> int:

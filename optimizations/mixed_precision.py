@@ -86,9 +86,7 @@ def _note(half: torch.dtype, native: bool, reason: str, tied: bool, untie: bool)
 class MixedPrecisionInference(Inference):
     """`MixedPrecisionInference().generate("Hello")`: load, convert, answer."""
 
-    def __init__(self, model: str = "auto", *, device: str = "auto", **options):
-        super().__init__(model, device=device)
-        self.model = apply(self.model, **options)
+    apply = staticmethod(apply)
 
 
 def main(argv: list[str] | None = None) -> int:

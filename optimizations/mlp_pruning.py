@@ -105,9 +105,7 @@ def keep_channels(mlp, kept: torch.Tensor) -> None:
 class MLPPrunedInference(Inference):
     """`MLPPrunedInference(prune_ratio=0.1).generate("Hello")`: load, prune, answer."""
 
-    def __init__(self, model: str = "auto", *, device: str = "auto", **options):
-        super().__init__(model, device=device)
-        self.model = apply(self.model, **options)
+    apply = staticmethod(apply)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -34,10 +34,9 @@ from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.int8_modules import ClassicLinear, Int8Linear, Int8Table, kernel_note
 from kernels.modules import is_tied, replace_linears
-from kernels.smoothing import smooth
+from kernels.smoothing import CALIBRATION_TOKENS, STRENGTH, smooth
 
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
-SMOOTHING_TOKENS = 16384
 SCHEMES = ("auto", "grouped", "dynamic", "weight-only", "classic")
 
 
@@ -66,9 +65,9 @@ def apply(
     tied = is_tied(model)
     if smoothing is None:
         source = getattr(model, "source", None)
-        smoothing = 0.7 if scheme == "dynamic" and source is not None and not source.random_weights else 0.0
+        smoothing = STRENGTH if scheme == "dynamic" and source is not None and not source.random_weights else 0.0
     if smoothing:
-        note = smooth(model, calibration_ids(model, tokens=SMOOTHING_TOKENS), smoothing)
+        note = smooth(model, calibration_ids(model, tokens=CALIBRATION_TOKENS), smoothing)
         model.notes = [*getattr(model, "notes", []), note]
     in_float = LAYERS if scheme == "weight-only" else _names(float_activations)
     form = {"group_size": group_size if scheme == "grouped" else None, "per_tensor": granularity == "tensor"}
@@ -127,9 +126,7 @@ def _apply_classic(model):
 class QuantizedInference(Inference):
     """`QuantizedInference(scheme="grouped").generate("Hello")`: load, quantise, answer."""
 
-    def __init__(self, model: str = "auto", *, device: str = "auto", **options):
-        super().__init__(model, device=device)
-        self.model = apply(self.model, **options)
+    apply = staticmethod(apply)
 
 
 def main(argv: list[str] | None = None) -> int:

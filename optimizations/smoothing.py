@@ -23,10 +23,10 @@ from torch import nn
 import calibration
 import cli
 from inference import Inference
-from kernels.smoothing import smooth
+from kernels.smoothing import CALIBRATION_TOKENS, STRENGTH, smooth
 
 
-def apply(model, *, strength: float = 0.7, calibration_tokens: int = 16384):
+def apply(model, *, strength: float = STRENGTH, calibration_tokens: int = CALIBRATION_TOKENS):
     """Migrate outliers in place; every weight keeps its shape and dtype.
 
     `strength` 0 to 1 is the share of an outlier that moves. With random weights the factors come from random ids.
@@ -41,7 +41,7 @@ def apply(model, *, strength: float = 0.7, calibration_tokens: int = 16384):
     return model
 
 
-def check(config, *, strength: float = 0.7, calibration_tokens: int = 16384) -> None:
+def check(config, *, strength: float = STRENGTH, calibration_tokens: int = CALIBRATION_TOKENS) -> None:
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if not 0 < strength <= 1:
         raise ValueError(f"--strength {strength:g}: choose a number above 0, which would change nothing, and up to 1")
@@ -52,9 +52,7 @@ def check(config, *, strength: float = 0.7, calibration_tokens: int = 16384) -> 
 class SmoothedInference(Inference):
     """`SmoothedInference(strength=0.7).generate("Hello")`: load, migrate outliers, answer."""
 
-    def __init__(self, model: str = "auto", *, device: str = "auto", **options):
-        super().__init__(model, device=device)
-        self.model = apply(self.model, **options)
+    apply = staticmethod(apply)
 
 
 def main(argv: list[str] | None = None) -> int:
