@@ -46,6 +46,7 @@ class Workload:
     quality_windows: int = 16
     quality_window: int = 512
     quality_chunk: int = 128
+    continuation_tokens: int = 32
 
     def as_dict(self) -> dict:
         return asdict(self)

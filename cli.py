@@ -16,7 +16,7 @@ import devices
 import models
 from benchmark import Workload
 
-QUICK = {"new_tokens": 10, "repeats": 6, "quality_windows": 4}
+QUICK = {"new_tokens": 10, "repeats": 6, "quality_windows": 4, "quality_window": 256, "continuation_tokens": 12}
 DEFAULTS = Workload()
 
 
@@ -39,7 +39,7 @@ def build_parser(docstring: str, **kwargs) -> argparse.ArgumentParser:
     work.add_argument("--precision", type=ratio, default=0.02,
         help="go on until the speed-up's interval is narrower than +- this (default: %(default)s)")  # fmt: skip
     work.add_argument("--budget-s", type=float, default=None,
-        help="... or until a recipe has taken this long (default: 20, with --quick 4)")  # fmt: skip
+        help="... or until a recipe has taken this long (default: 10, with --quick 4)")  # fmt: skip
     work.add_argument("--prompts-file", metavar="FILE", help="your own prompts, one a line")
     work.add_argument("--text-file", metavar="FILE", help="your own evaluation text (UTF-8)")
     work.add_argument("--quality-windows", type=int, default=None, help=f"default: {DEFAULTS.quality_windows}")
@@ -73,7 +73,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
             raise ValueError(f"--batch-size {min(batch_sizes)}: choose 1 or more")
         args.axes = list(itertools.product(depths, batch_sizes))[1:]
         if args.budget_s is None:
-            args.budget_s = 4.0 if args.quick else 14.0
+            args.budget_s = 4.0 if args.quick else 10.0
         if not args.budget_s > 0:
             raise ValueError(f"--budget-s {args.budget_s:g}: choose a number of seconds above 0")
         args.prompts = read_prompts(args.prompts_file)

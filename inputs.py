@@ -11,8 +11,6 @@ import quality
 from benchmark import test_prompts
 from texts import load_text
 
-CONTINUATION_TOKENS = 32
-
 
 @dataclass(frozen=True)
 class Inputs:

@@ -238,7 +238,7 @@ class Measurement:
         judgement.explain_speed(record, self.bandwidth_gb_per_s)
 
     def _continuations(self, side: Side) -> list[list[int]]:
-        return side.call("continuations", prompts=self.inputs.prompt_ids, new_tokens=inputs.CONTINUATION_TOKENS)
+        return side.call("continuations", prompts=self.inputs.prompt_ids, new_tokens=self.args.workload.continuation_tokens)
 
     def _texts(self, baseline: list[list[int]], variant: list[list[int]] | None) -> list[dict]:
         decode = self.tokenizer.decode
