@@ -6,7 +6,7 @@
 // tiles beforehand, 1 kB each: loading one from 16 places of a matrix takes more than twice as long.
 #pragma once
 
-#include "tiles_avx512.h"
+#include "blocks.h"
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
@@ -17,30 +17,6 @@
 
 namespace {
 
-constexpr int kBlockRows = 32;
-constexpr int kPair = 2;  // panels
-
-// One call: 32 rows (zero rows where fewer exist) times one or two panels.
-struct Block {
-  const char* x;         // int8 or bfloat16 tiles [2, steps, 16, 64 bytes], zero padded
-  int64_t steps;         // tiles along K
-  const char* w[kPair];  // panels
-  int panels;            // how many of them there are
-  int64_t k, group;      // as in Tile; bfloat16 has one group
-  const float* x_scale;  // [rows, groups], int8 only
-  const float* x_sum;    // [rows, groups]
-  const uint16_t* w_scale[kPair];  // bfloat16 [groups, kChannels] or null; sums of bfloat16 products have one group
-  const uint16_t* w_min[kPair];    // [groups, kChannels] or null
-  float* out;            // [kBlockRows, kPair * kChannels], overwritten
-  const char* next;      // what the next pair's turn will read, a part of it for each call
-  int64_t next_lines;    // lines of it to fetch at each step along K
-};
-
-// The next pair of panels comes from memory while this one is multiplied.
-inline void fetch_next(const Block& b, int64_t step) {
-  for (int64_t i = 0; i < b.next_lines; ++i) __builtin_prefetch(b.next + (step * b.next_lines + i) * 64, 0, 2);
-}
-
 // Whether the CPU has AMX and the kernel grants it: each process must ask for its registers once.
 inline bool has_amx() {
   unsigned a, b, c, d;
@@ -50,32 +26,27 @@ inline bool has_amx() {
   return bf16 && tile && int8 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
-// All eight tiles 16 rows of 64 bytes. Per thread; the tiles are given back when it goes.
-class Tiles {
- public:
-  TARGET_AMX Tiles() { _tile_loadconfig(kConfig); }
-  TARGET_AMX ~Tiles() { _tile_release(); }
-
- private:  // palette 1; from byte 16 on two bytes a tile with its bytes a row, from byte 48 on one with its rows
-  // Constant data: GCC does not know that the instruction reads it all, and would drop stores to it.
-  alignas(64) static constexpr uint8_t kConfig[64] = {
-      1,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,
-      0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 16, 16, 16, 16, 16, 16, 16, 16};
-};
+// All eight tiles 16 rows of 64 bytes: palette 1; from byte 16 on two bytes a tile with its bytes a row, from byte 48 on one
+// with its rows. Constant data: GCC does not know that the instruction reads it all, and would drop stores to it.
+alignas(64) constexpr uint8_t kTileConfig[64] = {
+    1,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0, 64, 0,
+    0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 0,  0, 16, 16, 16, 16, 16, 16, 16, 16};
+TARGET_AMX void set_up_tiles() { _tile_loadconfig(kTileConfig); }
+TARGET_AMX void give_tiles_back() { _tile_release(); }
 
 // 16 rows times one panel. Integer sums leave the tile after each group, to be scaled in float32 while the tiles work on
 // the next group: a vector load waits for the tile's store before it.
 TARGET_AMX inline void int8_tile(const Block& b, int panel, int first_row) {
-  const int64_t groups = ceil_div(b.k, b.group), lines = ceil_div(std::min(b.group, b.k), 64);
-  const char *x = b.x + first_row * b.steps * 64, *w = b.w[panel];
+  const int64_t steps = b.row_bytes / 64, groups = ceil_div(b.k, b.group), lines = ceil_div(std::min(b.group, b.k), 64);
+  const char *x = b.x + first_row * b.row_bytes, *w = b.w[panel];
   const float *x_scale = b.x_scale + first_row * groups, *x_sum = b.x_sum + first_row * groups;
   alignas(64) int32_t sums[2][16 * kChannels];
   __m512 out[16] = {};
   for (int64_t ahead = 0, s = 0; ahead <= groups; ++ahead) {
     if (ahead < groups) {
       _tile_zero(0);
-      for (const int64_t end = std::min(s + lines, b.steps); s < end; ++s) {
-        fetch_next(b, (2 * panel + first_row / 16) * b.steps + s);
+      for (const int64_t end = std::min(s + lines, steps); s < end; ++s) {
+        fetch_next(b, (2 * panel + first_row / 16) * steps + s);
         _tile_loadd(1, x + s * 1024, 64);
         _tile_loadd(2, w + s * 1024, 64);
         _tile_dpbssd(0, 1, 2);
@@ -100,19 +71,20 @@ TARGET_AMX inline void int8_tile(const Block& b, int panel, int first_row) {
     _mm512_storeu_ps(b.out + (first_row + r) * kPair * kChannels + panel * kChannels, out[r]);
 }
 
-TARGET_AMX void int8_block(const Block& b) {
+TARGET_AMX void int8_block_amx(const Block& b) {
   for (int panel = 0; panel < b.panels; ++panel)
-    for (int row = 0; row < kBlockRows; row += 16) int8_tile(b, panel, row);
+    for (int row = 0; row < kMaxBlockRows; row += 16) int8_tile(b, panel, row);
 }
 
 // 2 x 2 tiles of sums: each tile of x and of w that is loaded is used twice.
-TARGET_AMX void bf16_block(const Block& b) {
-  const char *x0 = b.x, *x1 = b.x + b.steps * 1024, *w0 = b.w[0], *w1 = b.w[b.panels - 1];
+TARGET_AMX void bf16_block_amx(const Block& b) {
+  const int64_t steps = b.row_bytes / 64;
+  const char *x0 = b.x, *x1 = b.x + steps * 1024, *w0 = b.w[0], *w1 = b.w[b.panels - 1];
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t s = 0; s < b.steps; ++s) {
+  for (int64_t s = 0; s < steps; ++s) {
     fetch_next(b, s);
     _tile_loadd(4, x0 + s * 1024, 64);
     _tile_loadd(6, w0 + s * 1024, 64);
@@ -130,49 +102,10 @@ TARGET_AMX void bf16_block(const Block& b) {
   _tile_stored(3, b.out + 16 * kStride + kChannels, kStride * 4);
   for (int panel = 0; panel < b.panels && b.w_scale[panel]; ++panel) {
     const __m512 scale = sixteen_bf16(b.w_scale[panel]);
-    for (int r = 0; r < kBlockRows; ++r) {
+    for (int r = 0; r < kMaxBlockRows; ++r) {
       float* at = b.out + r * kStride + panel * kChannels;
       _mm512_storeu_ps(at, _mm512_mul_ps(_mm512_loadu_ps(at), scale));
     }
-  }
-}
-
-// Row `r` of [rows, steps * 64 bytes] to where the tiles want it.
-inline void cut_row(const char* row, int64_t r, int64_t steps, char* tiles) {
-  char* to = tiles + r / 16 * steps * 1024 + r % 16 * 64;
-  for (int64_t s = 0; s < steps; ++s) std::memcpy(to + s * 1024, row + s * 64, 64);
-}
-
-// int4 lines of 8 inputs -> int8 lines of 4: twice as many.
-TARGET_AMX void expand_int4(const void* from, int64_t lines, char* to) {
-  const __m512i low_bits = _mm512_set1_epi8(15);
-  for (int64_t s = 0; s < lines; ++s) {
-    const __m512i line = line_at(from, s);
-    _mm512_storeu_si512(to + s * 128, _mm512_and_si512(line, low_bits));
-    _mm512_storeu_si512(to + s * 128 + 64, _mm512_and_si512(_mm512_srli_epi16(line, 4), low_bits));
-  }
-}
-
-TARGET_AMX inline __m512i bf16_bits(__m512 v) {  // round to nearest, ties to even; not for NaN
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-}
-
-// int8 lines of 4 inputs -> bfloat16 lines of 2. One scale a channel is applied to the sums; scales per group go into the
-// weights here (`scale` [groups, kChannels], else null). Integers up to 127 are exact in bfloat16.
-TARGET_AMX void expand_int8(const void* from, int64_t lines, const uint16_t* scale, int64_t group, char* to) {
-  for (int64_t s = 0; s < lines; ++s) {
-    const __m512i line = line_at(from, s);
-    const __m512 factor = scale ? sixteen_bf16(scale + s * 4 / group * kChannels) : _mm512_set1_ps(1.f);
-    __m512i half[4];
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) {
-      const __m512 w = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(line, 24 - 8 * k), 24));
-      half[k] = bf16_bits(_mm512_mul_ps(w, factor));
-    }
-    _mm512_storeu_si512(to + s * 128, _mm512_or_si512(half[0], _mm512_slli_epi32(half[1], 16)));
-    _mm512_storeu_si512(to + s * 128 + 64, _mm512_or_si512(half[2], _mm512_slli_epi32(half[3], 16)));
   }
 }
 

@@ -36,7 +36,8 @@ def load_kernels() -> str | None:
 
 
 def cpu_variant() -> str:
-    """Returns which inner loops the kernels use on this CPU: "amx", "avx512_vnni", "avx2" or "portable".
+    """Returns which inner loops the kernels use on this CPU: "amx", "avx512_bf16", "avx512_vnni", "avx2" or
+    "portable".
 
     Raises:
         RuntimeError: the kernels are not available.

@@ -23,9 +23,11 @@ from kernels.packing import pack_panels, pack_scales, unpack_panels, unpack_scal
 # 1024 products of 127 * 127 stay below 2^24, so that float32 adds them exactly. It must be float32: integer matmul has
 # no fast path on a CPU and none at all on CUDA, and MPS has no float64.
 EXACT_CHUNK = 1024
-# Without matrix units the kernels expand float-activation weights anew for every few rows: up to so many rows they beat a
-# float32 GEMM over blocks that are expanded once. Unpacking int8 costs more than widening bfloat16: its turn comes later.
+# Without an instruction for bfloat16 the kernels expand float-activation weights anew for every few rows: up to so many rows
+# they beat a float32 GEMM over blocks that are expanded once. Unpacking int8 costs more than widening bfloat16: its turn
+# comes later.
 INT8_KERNEL_ROWS, BF16_KERNEL_ROWS = 128, 32
+BF16_VARIANTS = ("amx", "avx512_bf16")  # these multiply many rows in bfloat16
 PORTABLE_KERNEL_ROWS = 4  # the portable variant reads few bytes too, but is no match for a GEMM
 BLOCK_BYTES = 2 << 20  # of dequantised weights at a time: they stay in the cache until they are multiplied
 
@@ -89,7 +91,7 @@ def int8_weight_only_reference(
 ) -> torch.Tensor:
     """The twin of int8_weight_only_linear: float32 activations [..., K]. Otherwise like int8_linear_reference.
 
-    The matrix units of a CPU, which multiply many rows, round the activations to bfloat16; the twin does not.
+    More than 16 rows are rounded to bfloat16 on a CPU that has an instruction for it; the twin does not round.
     """
     return F.linear(x.float(), dequantize_groups(weight, scale, group_size), bias)
 
@@ -97,7 +99,7 @@ def int8_weight_only_reference(
 def bf16_linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """The twin of bf16_linear: x floating point [..., K], weight bfloat16 [N, K] -> float32 [..., N].
 
-    The matrix units of a CPU, which multiply many rows, round the activations to bfloat16; the twin does not.
+    More than 16 rows are rounded to bfloat16 on a CPU that has an instruction for it; the twin does not round.
     """
     return F.linear(x.float(), weight.float(), bias)
 
@@ -177,7 +179,7 @@ def _variant() -> str:
 def few_rows(rows: torch.Tensor, limit: int | None) -> bool:
     """Whether the kernel is the fastest way to multiply so many rows; `limit` None: without a vector unit only."""
     variant = _variant()
-    limit = None if variant == "amx" else PORTABLE_KERNEL_ROWS if variant == "portable" else limit
+    limit = None if variant in BF16_VARIANTS else PORTABLE_KERNEL_ROWS if variant == "portable" else limit
     return limit is None or rows.shape[0] <= limit
 
 

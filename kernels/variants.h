@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "amx.h"
+#include "many_avx512.h"
 #include "tiles.h"
 #include "tiles_avx512.h"
 
@@ -62,12 +63,22 @@ TARGET_AVX512 void quantize_avx512(const float* x, int64_t k, int64_t group, voi
 
 // ---- choice of the variant ----
 
+// How many rows are multiplied: null where few rows at a time are as good as it gets.
+struct ManyRows {
+#if defined(__x86_64__)
+  BlockFn int8, bf16;
+  int block_rows;             // at most, in one call
+  bool tiles;                 // whether rows are cut into tiles for matrix units,
+  void (*enter)(), (*leave)();  // which each thread sets up and gives back
+#endif
+};
+
 struct Variant {
   const char* name;
   Isa isa;
   bool (*supported)();
-  bool matrix_units;
-  int rows;                   // at most, in one call of an inner loop
+  ManyRows many;
+  int rows;                   // at most, in one call of an inner loop for few rows
   at::ScalarType int8_rows;   // what int8 activations are kept as
   QuantizeFn quantize;
   TileFn int8[kMaxRows], int4[kMaxRows], weight_only[kMaxRows], bf16[kMaxRows];  // indexed by rows - 1
@@ -78,16 +89,18 @@ struct Variant {
 // Best first. AVX2 has registers for the sums of 4 rows x 2 vectors, AVX512 for 8 rows.
 const Variant kVariants[] = {
 #if defined(HAVE_AMX)
-    {"amx", Isa::kAvx512, has_amx, true, 8, at::kChar, quantize_avx512,
-     UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
+    {"amx", Isa::kAvx512, has_amx, {int8_block_amx, bf16_block_amx, kMaxBlockRows, true, set_up_tiles, give_tiles_back}, 8,
+     at::kChar, quantize_avx512, UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
 #endif
 #if defined(__x86_64__)
-    {"avx512_vnni", Isa::kAvx512, has_avx512, false, 8, at::kChar, quantize_avx512,
-     UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
-    {"avx2", Isa::kAvx2, [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; }, false, 4, at::kShort,
+    {"avx512_bf16", Isa::kAvx512, has_avx512_bf16, {int8_block_avx512, bf16_block_avx512, kVectorBlockRows}, 8,
+     at::kChar, quantize_avx512, UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
+    {"avx512_vnni", Isa::kAvx512, has_avx512, {int8_block_avx512, nullptr, kVectorBlockRows}, 8,
+     at::kChar, quantize_avx512, UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
+    {"avx2", Isa::kAvx2, [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; }, {}, 4, at::kShort,
      quantize_avx2, UP_TO_4(int8_avx2), UP_TO_4(int4_avx2), UP_TO_4(weight_only_avx2), UP_TO_4(bf16_avx2)},
 #endif
-    {"portable", Isa::kPortable, [] { return true; }, false, 4, at::kShort, quantize_portable,
+    {"portable", Isa::kPortable, [] { return true; }, {}, 4, at::kShort, quantize_portable,
      UP_TO_4(int8_portable), UP_TO_4(int4_portable), UP_TO_4(weight_only_portable), UP_TO_4(bf16_portable)},
 };
 
