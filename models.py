@@ -24,6 +24,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
+import gguf_model
 import safetensors_model
 from streaming import StoredWeights, UnreadWeight, block_rows, read_weights
 
@@ -88,8 +89,6 @@ def load_config(source: ModelSource) -> LlamaConfig:
     if source.kind == "random":
         return LlamaConfig(**TINYLLAMA_SHAPE)
     if source.kind == "gguf":
-        import gguf_model
-
         return gguf_model.read_config(Path(source.location))
     try:
         config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
@@ -170,8 +169,6 @@ def _stored_weights(source: ModelSource, config: LlamaConfig, *, seed: int) -> S
     if source.kind == "random":
         return _random_weights(config, seed=seed)
     if source.kind == "gguf":
-        import gguf_model
-
         return gguf_model.stored_weights(Path(source.location))
     return safetensors_model.stored_weights(source.location, revision=source.revision, tied=config.tie_word_embeddings)
 

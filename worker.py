@@ -150,10 +150,10 @@ class _Worker:
         and "apply" reads and converts them: load_s + apply_s, and the larger peak of the two, are what a user waits for and
         needs. Elsewhere "load" ends with the whole float32 model in memory.
         """
+        steps = [(technique_module(technique).apply, options) for technique, options in self.job.steps]
         torch.ones(256, 256).matmul(torch.ones(256, 256))  # the first product maps the BLAS libraries
         release_memory(self.device)
         self.runtime_mb = resident_mb() if self.device.type == "cpu" else 0.0
-        steps = [(technique_module(technique).apply, options) for technique, options in self.job.steps]
         read = not steps or not takes_unread(steps[0][0])
         with PeakMemory(self.device) as load_peak:
             start = time.perf_counter()

@@ -75,6 +75,8 @@ def apply(
     if real and (rounding == "gptq" or int8_layers == "auto"):
         read_weights(model)  # to calibrate
     upgraded = _int8_names(model, linears, int8_layers, max_bits=max_bits, group_size=group_size)
+    layers = len(linears)
+    del linears  # its modules would keep every replaced weight alive
     forms = {}
     if rounding == "gptq":
         ids = calibration.calibration_ids(model, tokens=calibration_tokens)
@@ -93,7 +95,7 @@ def apply(
     model.set_input_embeddings(table(model.get_input_embeddings(), group_size=group_size, shared=shared))
     use_grouped_heads(model)
     model.effective_bits = effective_bits(model)
-    kinds = f"{len(upgraded)} of {len(linears) + (not tied)} in int8" + (f" ({_summary(upgraded)})" if upgraded else "")
+    kinds = f"{len(upgraded)} of {layers + (not tied)} in int8" + (f" ({_summary(upgraded)})" if upgraded else "")
     notes.insert(0, f"int4 in groups of {group_size}, {rounding}: {model.effective_bits:.2f} bits a weight, {kinds}")
     model.notes = [*getattr(model, "notes", []), *notes]
     return model
