@@ -52,9 +52,15 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
-    elif sys.platform == "linux":
+    else:
+        trim_heap()
+
+
+def trim_heap() -> None:
+    """Make glibc hand back the freed blocks it keeps; cheap enough to be called after every layer."""
+    if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):  # musl and others have no malloc_trim and keep little
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps freed blocks otherwise
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def available_memory_mb(device: torch.device) -> float:

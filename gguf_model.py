@@ -1,4 +1,4 @@
-"""Llama models from GGUF files: each tensor is dequantised to float32 as it is read, so one copy exists at a time.
+"""Llama models from GGUF files: rows are dequantised to float32 when they are asked for.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The converter reorders the rows of q_proj and
 k_proj for ggml's rotary embedding (pairs side by side instead of in two halves); `_half_split_rows` undoes it.
@@ -6,21 +6,23 @@ k_proj for ggml's rotary embedding (pairs side by side instead of in two halves)
 
 from __future__ import annotations
 
+import functools
 import struct
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
-from models import empty_model, set_parameter
+from streaming import StoredWeights
 
 TENSOR_NAMES = {
     "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }  # fmt: skip
+REORDERED = ("q_proj.weight", "k_proj.weight")
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
@@ -29,27 +31,33 @@ def read_config(path: Path) -> LlamaConfig:
     return _config(_open(path), path)
 
 
-def load(path: Path) -> LlamaForCausalLM:
-    """The model in float32 on the CPU; raises ValueError like `read_config`, or where a tensor is missing."""
+def stored_weights(path: Path) -> StoredWeights:
+    """Every tensor of the model by the name transformers gives it. Raises ValueError like `read_config`."""
     reader = _open(path)
     config = _config(reader, path)
-    model = empty_model(config)
-    missing = {name for name, _ in model.named_parameters()}
+    weights: StoredWeights = {}
     for tensor in reader.tensors:
         name = _parameter_name(tensor.name)
-        values = torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type), np.float32))
-        if ".q_proj." in name:
-            values = _half_split_rows(values, config.num_attention_heads)
-        elif ".k_proj." in name:
-            values = _half_split_rows(values, config.num_key_value_heads)
-        set_parameter(model, name, values)
-        missing.discard(name)
-    model.tie_weights()
-    if config.tie_word_embeddings:
-        missing.discard("lm_head.weight")
-    if missing:
-        raise ValueError(f"{path.name}: {len(missing)} tensors are missing, first {min(missing)}")
-    return model
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+        order = _half_split_rows(torch.arange(shape[0])[:, None], heads)[:, 0].numpy() if name.endswith(REORDERED) else None
+        # Only numbers are kept of the reader: its map of the file counts as memory wherever it was touched.
+        read = functools.partial(
+            _read_rows, path, tensor.data_offset, tensor.tensor_type, tensor.data.dtype, int(tensor.n_bytes) // shape[0],
+            shape[1:], order,
+        )  # fmt: skip
+        weights[name] = shape, read
+    return weights
+
+
+def _read_rows(path, offset, kind, dtype, row_bytes, columns, order, first: int, last: int) -> torch.Tensor:
+    """float32 [last - first, *columns]; `order` says which row of the file is which of the weight."""
+    if order is None:
+        raw = np.fromfile(path, np.uint8, (last - first) * row_bytes, offset=offset + first * row_bytes)
+    else:
+        raw = np.fromfile(path, np.uint8, len(order) * row_bytes, offset=offset).reshape(-1, row_bytes)[order[first:last]]
+    values = gguf.quants.dequantize(raw.reshape(-1, row_bytes).view(dtype), kind)
+    return torch.from_numpy(np.ascontiguousarray(values, np.float32)).view(last - first, *columns)
 
 
 class _QuickReader(gguf.GGUFReader):

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 import models
 from benchmark import new_cache
 from devices import pick_device
+from streaming import takes_unread
 
 
 class Inference:
@@ -29,7 +30,8 @@ class Inference:
         if source.notice:
             print(f"NOTE  {source.notice}")
         self.tokenizer = models.load_tokenizer(source)
-        self.model = self.apply(models.load_model(source, device=pick_device(device)), **options)
+        loaded = models.load_model(source, device=pick_device(device), read=not takes_unread(self.apply))
+        self.model = self.apply(loaded, **options)
 
     def generate(self, prompt: str, *, max_new_tokens: int = 64, **generation_options) -> str:
         """The continuation of `prompt`, greedy unless told otherwise; options go to transformers' `generate`."""

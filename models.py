@@ -2,23 +2,31 @@
 or any Llama-architecture Hub id, folder or GGUF file.
 
 `find_model` is cheap and raises ValueError with one sentence, so that a wrong `--model` costs no load.
-`load_model` never holds two copies of the weights: the modules are built empty ("meta") and each tensor is
-converted as it leaves the file. Only safetensors and GGUF are read (never pickle), no remote code is ever run.
+`load_model` never holds two copies of the weights: the modules are built empty ("meta") and each tensor is converted
+block by block as it leaves the file; on request it stays there until a technique asks for it (streaming.py).
+Only safetensors and GGUF are read (never pickle), no remote code is ever run.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
+
+import gguf_model
+import safetensors_model
+from streaming import StoredWeights, UnreadWeight, block_rows, read_weights
 
 TINYLLAMA = "TinyLlama/TinyLlama-1.1B-Chat-v1.0"
 TINYLLAMA_REVISION = "fe8a4ea1ffedaf415f4da2f062534de366a451e6"
@@ -81,8 +89,6 @@ def load_config(source: ModelSource) -> LlamaConfig:
     if source.kind == "random":
         return LlamaConfig(**TINYLLAMA_SHAPE)
     if source.kind == "gguf":
-        import gguf_model
-
         return gguf_model.read_config(Path(source.location))
     try:
         config = AutoConfig.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
@@ -93,29 +99,29 @@ def load_config(source: ModelSource) -> LlamaConfig:
     return config
 
 
-def load_model(source: ModelSource, *, device: torch.device | str = "cpu", seed: int = 0) -> LlamaForCausalLM:
+def load_model(
+    source: ModelSource, *, device: torch.device | str = "cpu", seed: int = 0, read: bool = True
+) -> LlamaForCausalLM:
     """Load in float32, the precision of the original's baseline, ready for inference on `device`.
 
+    With `read` False the matrices stay in their file, for a technique that takes them from there (streaming.py).
     Raises ValueError, in one sentence, if the weights cannot be read; only safetensors and GGUF are.
     """
-    if source.kind == "random":
-        model = _random_model(load_config(source), seed=seed)
-    elif source.kind == "gguf":
-        import gguf_model
-
-        model = gguf_model.load(Path(source.location))
-    else:
-        try:
-            model = LlamaForCausalLM.from_pretrained(
-                source.location, revision=source.revision, dtype=torch.float32,
-                use_safetensors=True, trust_remote_code=False,
-            )  # fmt: skip
-        except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"--model {source.name}: {_first_line(error)}") from None
+    config = load_config(source)
+    try:
+        model = _with_weights(config, _stored_weights(source, config, seed=seed), device)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = _first_line(error)
+        raise ValueError(reason if reason.startswith("--model") else f"--model {source.name}: {reason}") from None
+    if source.kind in ("hub", "folder"):
+        said = safetensors_model.generation_config(source.location, revision=source.revision)
+        model.generation_config = said or model.generation_config
     model.eval().requires_grad_(False)
     end_of_sequence = model.generation_config.eos_token_id  # a list where a model has several, as Llama 3 does
     model.generation_config.pad_token_id = end_of_sequence[0] if isinstance(end_of_sequence, list) else end_of_sequence
     model.source = source  # where a technique that calibrates finds the tokenizer
+    if read:
+        read_weights(model)
     return model.to(device)
 
 
@@ -159,28 +165,67 @@ def empty_model(config: LlamaConfig) -> LlamaForCausalLM:
     return model
 
 
-def _random_model(config: LlamaConfig, *, seed: int) -> LlamaForCausalLM:
-    """Every parameter from its own seeded generator, so that its value does not depend on the order of creation."""
+def _stored_weights(source: ModelSource, config: LlamaConfig, *, seed: int) -> StoredWeights:
+    if source.kind == "random":
+        return _random_weights(config, seed=seed)
+    if source.kind == "gguf":
+        return gguf_model.stored_weights(Path(source.location))
+    return safetensors_model.stored_weights(source.location, revision=source.revision, tied=config.tie_word_embeddings)
+
+
+def _with_weights(config: LlamaConfig, weights: StoredWeights, device: torch.device | str) -> LlamaForCausalLM:
+    """The model on `device`: vectors (norms, biases) are read now, matrices are not. Raises ValueError unless all fit."""
+    config.dtype = torch.float32
     model = empty_model(config)
-    for index, (name, parameter) in enumerate(list(model.named_parameters())):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-        if parameter.dim() == 1:
-            values = torch.ones(parameter.shape)
-        else:
-            values = torch.empty(parameter.shape).normal_(0, config.initializer_range, generator=generator)
-        set_parameter(model, name, values)
+    missing = {name for name, _ in model.named_parameters()}
+    if config.tie_word_embeddings:
+        missing.discard("lm_head.weight")
+    for name, (shape, read) in weights.items():
+        if name not in missing:
+            raise ValueError(f"tensor {name} has no place in this Llama model")
+        vector = len(shape) == 1
+        set_parameter(
+            model, name, nn.Parameter(read(0, *shape).to(device), False) if vector else UnreadWeight(shape, read, device)
+        )
+        missing.discard(name)
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are missing, first {min(missing)}")
     model.tie_weights()
     return model
 
 
-def set_parameter(model: torch.nn.Module, name: str, values: torch.Tensor) -> None:
-    """Put `values` where the parameter called `name` stands; raises ValueError if the shapes differ."""
+def _random_weights(config: LlamaConfig, *, seed: int) -> StoredWeights:
+    """Uniform with the standard deviation that the architecture asks for; norms are ones.
+
+    Each block of rows has a generator of its own, so that its values depend neither on the order of reading nor on threads.
+    Uniform, because normal numbers take four times as long: 16 random bits are a weight.
+    """
+    step = config.initializer_range * 12**0.5 / 2**16  # 2^16 levels at this distance have that standard deviation
+
+    def draw(index: int, columns: int, first: int, last: int) -> torch.Tensor:
+        values, rows = np.empty((last - first, columns), np.float32), block_rows(columns)
+        for start in range(first, last, rows):
+            block = values[start - first : start - first + rows]
+            bits = np.random.SFC64([seed, index, start]).random_raw(-(-block.size // 4)).view(np.int16)
+            np.multiply(bits[: block.size].reshape(block.shape), np.float32(step), out=block)
+        return torch.from_numpy(values)
+
+    weights: StoredWeights = {}
+    for index, (name, parameter) in enumerate(empty_model(config).named_parameters()):
+        shape = tuple(parameter.shape)
+        ones = len(shape) == 1
+        weights[name] = shape, (lambda first, last: torch.ones(last)) if ones else functools.partial(draw, index, shape[1])
+    return weights
+
+
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """Put `parameter` where the one called `name` stands; raises ValueError if the shapes differ."""
     owner, _, leaf = name.rpartition(".")
     module = model.get_submodule(owner)
-    expected = getattr(module, leaf).shape
-    if values.shape != expected:
-        raise ValueError(f"tensor {name} has shape {tuple(values.shape)}, the architecture needs {tuple(expected)}")
-    setattr(module, leaf, torch.nn.Parameter(values, requires_grad=False))
+    shape, expected = tuple(parameter.shape), tuple(getattr(module, leaf).shape)
+    if shape != expected:
+        raise ValueError(f"tensor {name} has shape {shape}, the architecture needs {expected}")
+    setattr(module, leaf, parameter)
 
 
 def _checked(source: ModelSource) -> ModelSource:

@@ -12,6 +12,7 @@ from torch import nn
 
 from kernels.int8 import bf16_linear, kernels_run
 from kernels.packing import pack_panels, panel_rows
+from streaming import by_rows, rows_of
 
 
 class HalfLinear(nn.Module):
@@ -21,9 +22,12 @@ class HalfLinear(nn.Module):
     def __init__(self, source: nn.Linear, *, dtype: torch.dtype, native: bool):
         super().__init__()
         self.in_features, self.out_features, self.native = source.in_features, source.out_features, native
-        weight = source.weight.data.to(dtype)
-        if not native and dtype == torch.bfloat16 and kernels_run(weight):
-            weight = pack_panels(weight)
+
+        def convert(rows: slice) -> tuple[torch.Tensor]:
+            half = rows_of(source.weight, rows).to(dtype)
+            return (pack_panels(half) if not native and dtype == torch.bfloat16 and kernels_run(half) else half,)
+
+        (weight,) = by_rows(source.weight.shape, convert)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = (
             None if source.bias is None else nn.Parameter(source.bias.data.to(dtype if native else torch.float32), False)

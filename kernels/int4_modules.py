@@ -7,6 +7,7 @@ from torch import nn
 
 from kernels.int4 import dequantize_int4, int4_linear, pack, pack_nibbles, quantize_int4, unpack_nibbles
 from kernels.packing import CHANNELS, scale_rows
+from streaming import by_rows, rows_of
 
 
 class Int4Linear(nn.Module):
@@ -14,18 +15,21 @@ class Int4Linear(nn.Module):
 
     `weight` holds two codes to a byte: uint8 [N, ceil(K / 2)], the first in the low half, with bfloat16 `scale` and
     `minimum` [N, G]; all three are packed in panels (kernels/packing.py) where the CPU kernels run. Without `codes`
-    (uint8 [N, K]), `scale` and `minimum` the weights of `source` are rounded to nearest.
+    (uint8 [N, K]), `scale` and `minimum` the weights of `source` are rounded to nearest, as quantize_int4 does with `search`.
     """
 
     def __init__(
         self, source: nn.Linear, *, group_size: int, codes: torch.Tensor | None = None,
-        scale: torch.Tensor | None = None, minimum: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None, minimum: torch.Tensor | None = None, search: bool = True,
     ):  # fmt: skip
         super().__init__()
         self.in_features, self.out_features, self.group_size = source.in_features, source.out_features, group_size
         if codes is None:
-            codes, scale, minimum = quantize_int4(source.weight.data, group_size)
-        weight, scale, minimum = pack(codes, scale, minimum)
+            weight, scale, minimum = by_rows(
+                source.weight.shape, lambda rows: pack(*quantize_int4(rows_of(source.weight, rows), group_size, search=search))
+            )
+        else:
+            weight, scale, minimum = pack(codes, scale, minimum)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("minimum", minimum)
@@ -60,8 +64,13 @@ class Int4Table(nn.Module):
         self.shared, self.group_size, self.width = shared, group_size, source.embedding_dim
         self.logical_parameters = 0 if shared is not None else source.weight.numel()
         if shared is None:
-            codes, scale, minimum = quantize_int4(source.weight.data, group_size)
-            self.register_buffer("weight", pack_nibbles(codes))
+
+            def convert(rows: slice) -> tuple[torch.Tensor, ...]:
+                codes, scale, minimum = quantize_int4(rows_of(source.weight, rows), group_size)
+                return pack_nibbles(codes), scale, minimum
+
+            weight, scale, minimum = by_rows(source.weight.shape, convert)
+            self.register_buffer("weight", weight)
             self.register_buffer("scale", scale)
             self.register_buffer("minimum", minimum)
 

@@ -9,6 +9,7 @@ from kernels.build import cpu_variant, load_kernels
 from kernels.device_int8 import serves
 from kernels.int8 import dequantize_groups, int8_linear, int8_weight_only_linear, pack, quantize_groups
 from kernels.packing import panel_rows, scale_rows
+from streaming import by_rows, read_weights, rows_of
 
 
 class Int8Linear(nn.Module):
@@ -23,13 +24,16 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = source.in_features, source.out_features
         self.group_size = group_size or source.in_features
         self.int8_activations = int8_activations
-        weight = source.weight.data
-        if per_tensor:
-            scale = (weight.abs().max().float() / 127).bfloat16().expand(self.out_features, 1).contiguous()
-            weight = (weight.float() / scale.float()).round().clamp(-127, 127).to(torch.int8)
-        else:
-            weight, scale = quantize_groups(weight, self.group_size, torch.bfloat16)
-        weight, scale = pack(weight, scale)
+        one_scale = _scale_of_all(source.weight) if per_tensor else None
+
+        def convert(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            values = rows_of(source.weight, rows)
+            if one_scale is None:
+                return pack(*quantize_groups(values, self.group_size, torch.bfloat16))
+            quantized = (values.float() / one_scale.float()).round().clamp(-127, 127).to(torch.int8)
+            return pack(quantized, one_scale.expand(len(values), 1).contiguous())
+
+        weight, scale = by_rows(source.weight.shape, convert)
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.bias = None if source.bias is None else nn.Parameter(source.bias.data.float(), requires_grad=False)
@@ -63,7 +67,10 @@ class Int8Table(nn.Module):
         self.group_size = group_size or source.embedding_dim
         self.logical_parameters = 0 if shared is not None else source.weight.numel()
         if shared is None:
-            weight, scale = quantize_groups(source.weight.data, self.group_size, torch.bfloat16)
+            weight, scale = by_rows(
+                source.weight.shape,
+                lambda rows: quantize_groups(rows_of(source.weight, rows), self.group_size, torch.bfloat16),
+            )
             self.register_buffer("weight", weight)
             self.register_buffer("scale", scale)
 
@@ -79,6 +86,7 @@ class ClassicLinear(nn.Module):
     def __init__(self, source: nn.Linear):
         super().__init__()
         self.in_features, self.out_features = source.in_features, source.out_features
+        read_weights(source)
         source.qconfig = torch.ao.quantization.default_dynamic_qconfig
         self._inner = [torch.ao.nn.quantized.dynamic.Linear.from_float(source)]  # a list hides it from state_dict
 
@@ -94,6 +102,12 @@ class ClassicLinear(nn.Module):
         weight = self._inner[0].weight()
         tensors = {"weight": weight.int_repr(), "scale": torch.tensor([weight.q_scale()])}
         return tensors if self._inner[0].bias() is None else tensors | {"bias": self._inner[0].bias()}
+
+
+def _scale_of_all(weight: torch.Tensor) -> torch.Tensor:
+    """absmax / 127 of a whole matrix: bfloat16, one number."""
+    (largest,) = by_rows(weight.shape, lambda rows: (rows_of(weight, rows).abs().amax(1),))
+    return (largest.max().float() / 127).bfloat16()
 
 
 def kernel_note(device: torch.device, scheme: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from devices import release_memory
+from devices import release_memory, trim_heap
 
 
 def replace_linears(model, make: Callable[[str, nn.Linear], nn.Module]) -> int:
@@ -17,6 +17,7 @@ def replace_linears(model, make: Callable[[str, nn.Linear], nn.Module]) -> int:
     for name in names:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, make(name, model.get_submodule(name)))
+        trim_heap()  # else what the next layer leaves lies behind what this one freed, and both count
     release_memory(model.device)
     return len(names)
 

@@ -43,11 +43,13 @@ from kernels.int4_modules import Int4Linear, Int4Table
 from kernels.int8_modules import Int8Linear, Int8Table
 from kernels.modules import is_tied, replace_linears
 from kernels.sensitivity import added_bits, choose_upgrades, costs_by_position, loss_increases
+from streaming import read_weights, streams
 
 TABLE = "model.embed_tokens"
 SENSITIVITY_TOKENS = 2048
 
 
+@streams
 def apply(
     model, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
     damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384,
@@ -70,7 +72,11 @@ def apply(
     if not real and rounding == "gptq":
         rounding = "nearest"
         notes.append("random weights have no text to calibrate on: rounded to nearest, int8 layers by position")
+    if real and (rounding == "gptq" or int8_layers == "auto"):
+        read_weights(model)  # to calibrate
     upgraded = _int8_names(model, linears, int8_layers, max_bits=max_bits, group_size=group_size)
+    layers = len(linears)
+    del linears  # its modules would keep every replaced weight alive
     forms = {}
     if rounding == "gptq":
         ids = calibration.calibration_ids(model, tokens=calibration_tokens)
@@ -80,8 +86,8 @@ def apply(
     def make(name: str, linear: nn.Linear) -> nn.Module:
         if name in upgraded:
             return Int8Linear(linear, group_size=group_size, int8_activations=True)
-        form = forms.pop(name) if forms else quantize_int4(linear.weight.data, group_size, search=real)
-        return Int4Linear(linear, group_size=group_size, codes=form[0], scale=form[1], minimum=form[2])
+        codes, scale, minimum = forms.pop(name) if forms else (None, None, None)
+        return Int4Linear(linear, group_size=group_size, codes=codes, scale=scale, minimum=minimum, search=real)
 
     replace_linears(model, make)
     table = Int8Table if TABLE in upgraded else Int4Table
@@ -89,7 +95,7 @@ def apply(
     model.set_input_embeddings(table(model.get_input_embeddings(), group_size=group_size, shared=shared))
     use_grouped_heads(model)
     model.effective_bits = effective_bits(model)
-    kinds = f"{len(upgraded)} of {len(linears) + (not tied)} in int8" + (f" ({_summary(upgraded)})" if upgraded else "")
+    kinds = f"{len(upgraded)} of {layers + (not tied)} in int8" + (f" ({_summary(upgraded)})" if upgraded else "")
     notes.insert(0, f"int4 in groups of {group_size}, {rounding}: {model.effective_bits:.2f} bits a weight, {kinds}")
     model.notes = [*getattr(model, "notes", []), *notes]
     return model

@@ -28,10 +28,12 @@ from kernels.attention import use_grouped_heads
 from kernels.build import cpu_variant, load_kernels
 from kernels.half import CastAfter, HalfLinear, HalfTable
 from kernels.modules import is_tied, replace_linears
+from streaming import read_weights, streams
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+@streams
 def apply(model, *, dtype: str = "auto", untie: bool = False):
     """Convert in place. `dtype` is auto, fp16 or bf16; `untie` keeps a float32 copy of a shared embedding table.
 
@@ -45,6 +47,7 @@ def apply(model, *, dtype: str = "auto", untie: bool = False):
         model.lm_head = HalfLinear(model.lm_head, dtype=half, native=native)
         model.set_input_embeddings(HalfTable(model.lm_head))
     replace_linears(model, lambda _, linear: HalfLinear(linear, dtype=half, native=native))
+    read_weights(model)  # the table, where it stays float32
     if native:
         _cast_where_dtypes_meet(model, half)
     use_grouped_heads(model)

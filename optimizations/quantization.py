@@ -35,11 +35,13 @@ from kernels.attention import use_grouped_heads
 from kernels.int8_modules import ClassicLinear, Int8Linear, Int8Table, kernel_note
 from kernels.modules import is_tied, replace_linears
 from kernels.smoothing import CALIBRATION_TOKENS, STRENGTH, smooth
+from streaming import read_weights, streams
 
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
 SCHEMES = ("auto", "grouped", "dynamic", "weight-only", "classic")
 
 
+@streams
 def apply(
     model, *, scheme: str = "auto", granularity: str = "channel", group_size: int = 64, embeddings: str = "int8",
     float_activations: str = "", smoothing: float | None = None,
@@ -67,6 +69,7 @@ def apply(
         source = getattr(model, "source", None)
         smoothing = STRENGTH if scheme == "dynamic" and source is not None and not source.random_weights else 0.0
     if smoothing:
+        read_weights(model)
         note = smooth(model, calibration_ids(model, tokens=CALIBRATION_TOKENS), smoothing)
         model.notes = [*getattr(model, "notes", []), note]
     in_float = LAYERS if scheme == "weight-only" else _names(float_activations)
@@ -77,6 +80,7 @@ def apply(
     if embeddings == "int8":
         shared = model.lm_head if tied else None
         model.set_input_embeddings(Int8Table(model.get_input_embeddings(), group_size=form["group_size"], shared=shared))
+    read_weights(model)  # the table, where it stays float32
     use_grouped_heads(model)
     table = "" if not tied else "; tied table shared as int8" if embeddings == "int8" else "; table untied, float32 copy kept"
     model.notes = [*getattr(model, "notes", []), f"int8 {scheme}: {kernel_note(model.device, scheme)}{table}"]
@@ -118,6 +122,7 @@ def _apply_classic(model):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecated on purpose: this is the contrast
         replace_linears(model, lambda _, linear: ClassicLinear(linear))
+    read_weights(model)
     note = f"torch.ao dynamic quantisation, engine {torch.backends.quantized.engine}; embeddings stay float32"
     model.notes = [*getattr(model, "notes", []), note]
     return model
