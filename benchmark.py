@@ -1,8 +1,8 @@
 """What is measured on a model, whatever was done to it: time to first token, prefill, decode, memory, bytes.
 
-This file knows no technique. It asks the model for its KV cache (`model.make_cache`, if a technique has set one), drives
-prefill and decode itself, and reads bytes, heads and dtypes off the modules, so that a record states what is there
-rather than what was asked for.
+This file knows no technique. It asks the model for its KV cache (`model.make_cache`) and its decode loop
+(`model.greedy_steps`), if a technique has set them, drives prefill itself, and reads bytes, heads and dtypes off the modules,
+so that a record states what is there rather than what was asked for.
 
 Definitions (P prompt tokens, N new tokens, B sequences; end-of-sequence is ignored, so the work is fixed; t0 is taken when
 the inputs are on the device and the device is idle; t_k when the host holds token k; tokenising is never inside):
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -59,13 +60,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class Timing:
-    """Raw readings of one generation: no statistics. `tokens` are the greedy ids, shape [B, N]."""
+    """Raw readings of one generation: no statistics. `tokens` are the greedy ids, shape [B, N].
+
+    `passes` forward passes decoded all but the first of them, and judged `drafted` tokens that were guessed beforehand.
+    """
 
     prefill_s: float
     ttft_s: float
     decode_s: float
     tokens: torch.Tensor
     kv_cache_bytes: int
+    passes: int
+    drafted: int
 
     def rates(self, prompt_tokens: int) -> dict[str, float]:
         """The four speed quantities of a record; decode figures are absent when only one token was generated."""
@@ -86,12 +92,37 @@ def new_cache(model):
     return make_cache() if make_cache is not None else DynamicCache(config=model.config)
 
 
+def greedy_steps(model, ids: torch.Tensor, cache, *, new_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The plain decode loop, one token a forward pass: what `model.greedy_steps` of a technique replaces.
+
+    Args:
+        ids: int64 [B, T], everything so far; `cache` holds all of it but the last token.
+        new_tokens: how many to decode, whatever they are.
+
+    Yields, for each forward pass:
+        tokens int64 [B, k] on the host, the next k greedy ones (here k is 1), and the logits [B, rows, V] they come from,
+        where all rows but one judged a drafted token. Exactly `new_tokens` tokens in all.
+    """
+    token = ids[:, -1:]
+    for _ in range(new_tokens):
+        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        token = logits[:, -1:].argmax(-1)
+        yield token.cpu(), logits  # the copy to the host is what a user waits for, and waits for the device
+
+
+def decode_steps(model):
+    """The decode loop this model asks for: a technique's own where it has set `model.greedy_steps`, else the plain one."""
+    return getattr(model, "greedy_steps", None) or greedy_steps
+
+
 @torch.inference_mode()
-def time_generation(model, input_ids: torch.Tensor, *, new_tokens: int, depth: int = 0) -> Timing:
+def time_generation(model, input_ids: torch.Tensor, *, new_tokens: int, depth: int = 0, steps=None) -> Timing:
     """Prefill `input_ids` [B, depth + P] and decode greedily to `new_tokens`; the first `depth` ids are fed untimed.
 
+    `steps` is the decode loop (see greedy_steps), by default the one the model asks for.
     Raises FloatingPointError when the last logits are not finite: a speed of garbage is no result.
     """
+    steps = steps or decode_steps(model)
     device = input_ids.device
     cache = new_cache(model)
     if depth:
@@ -103,25 +134,26 @@ def time_generation(model, input_ids: torch.Tensor, *, new_tokens: int, depth: i
     logits = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     synchronize(device)
     prefilled = time.perf_counter()
-    token = logits[:, -1].argmax(-1, keepdim=True)
-    generated = [token.cpu()]  # the copy to the host is what a user waits for, and waits for the device
+    token = logits[:, -1:].argmax(-1)
+    generated = [token.cpu()]
     first = time.perf_counter()
-    for _ in range(new_tokens - 1):
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
-        generated.append(token.cpu())
+    passes = drafted = 0
+    for tokens, logits in steps(model, torch.cat((input_ids, token), 1), cache, new_tokens=new_tokens - 1):
+        generated.append(tokens)
+        passes, drafted = passes + 1, drafted + logits.shape[1] - 1
     end = time.perf_counter()
 
     if not torch.isfinite(logits).all():
         raise FloatingPointError(f"the logits are not finite after {new_tokens} tokens")
-    return Timing(prefilled - start, first - start, end - first, torch.cat(generated, dim=1), cache_bytes(cache))
+    generated = torch.cat(generated, dim=1)
+    return Timing(prefilled - start, first - start, end - first, generated, cache_bytes(cache), passes, drafted)
 
 
 def measure_memory(model, input_ids: torch.Tensor, *, new_tokens: int, depth: int = 0) -> dict:
     """Peaks of prefill and of decode apart, in a pass that is not timed.
 
     Returns `prefill_peak_mb`, `decode_peak_mb` (absolute: the caller subtracts the runtime's own share), the counter's
-    `method` and `interval_ms`, and the `kv_cache_mb` at the end.
+    `method` and `interval_ms`, the `kv_cache_mb` at the end, and how many `tokens_per_pass` the weights were read for.
     """
     device = input_ids.device
     with PeakMemory(device) as prefill_peak:
@@ -132,6 +164,7 @@ def measure_memory(model, input_ids: torch.Tensor, *, new_tokens: int, depth: in
         "prefill_peak_mb": prefill_peak.peak_mb,
         "decode_peak_mb": decode_peak.peak_mb,
         "kv_cache_mb": timing.kv_cache_bytes / MB,
+        "tokens_per_pass": (new_tokens - 1) / timing.passes if timing.passes else 1.0,
         "method": prefill_peak.method,
         "interval_ms": prefill_peak.interval_ms,
     }

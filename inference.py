@@ -43,9 +43,33 @@ class Inference:
 
 
 def generate_ids(model, input_ids: torch.Tensor, *, max_new_tokens: int, **generation_options) -> torch.Tensor:
-    """transformers' `generate` through the model's own KV cache; returns prompt and continuation, [B, P + new]."""
+    """Continue `input_ids` [B, P], greedy unless told otherwise; returns prompt and continuation, [B, P + new].
+
+    A model with a decode loop of its own (`model.greedy_steps`) decodes one sequence with it. Several sequences, and any
+    option (sampling, beams, penalties), go to transformers' `generate`, through the model's own KV cache.
+    """
+    if hasattr(model, "greedy_steps") and len(input_ids) == 1 and not generation_options:
+        return _generate_by_steps(model, input_ids, max_new_tokens=max_new_tokens)
     options = {"do_sample": False} | generation_options
     config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=model.generation_config.pad_token_id, **options)
     config.eos_token_id = model.generation_config.eos_token_id
     mask = torch.ones_like(input_ids)
     return model.generate(input_ids, attention_mask=mask, past_key_values=new_cache(model), generation_config=config)
+
+
+@torch.inference_mode()
+def _generate_by_steps(model, input_ids: torch.Tensor, *, max_new_tokens: int) -> torch.Tensor:
+    """Greedy tokens of one sequence, up to and including the first end-of-sequence token."""
+    ends = model.generation_config.eos_token_id
+    ends = {ends} if isinstance(ends, int) else set(ends or ())
+    cache = new_cache(model)
+    logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    first = logits[:, -1:].argmax(-1)
+    ids, new = torch.cat((input_ids, first), 1), first[0].tolist()
+    if new[0] not in ends:
+        for tokens, _ in model.greedy_steps(model, ids, cache, new_tokens=max_new_tokens - 1):
+            new += tokens[0].tolist()
+            if end := next((place for place, token in enumerate(new, 1) if token in ends), None):
+                new = new[:end]
+                break
+    return torch.cat((input_ids, input_ids.new_tensor([new])), 1)

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 import quality
 from benchmark import test_prompts
+from speculation import NEW_TOKENS
 from texts import load_text
+
+SUMMARIES = 4
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """`input_ids` [B, depth + P]; `prompts` and their ids; `windows` [W, T] or None with random weights."""
+    """`input_ids` [B, depth + P]; `prompts` and their ids; `windows` [W, T] or None with random weights.
+
+    `speculation` holds token ids of prompts by kind, for decode loops that draft; empty with random weights.
+    """
 
     input_ids: torch.Tensor
     prompts: list[str]
     prompt_ids: list[list[int]]
     windows: torch.Tensor | None
     quality_protocol: dict | None
+    speculation: dict[str, list[list[int]]] = field(default_factory=dict)
 
     @property
     def sha256(self) -> str:
         """One hash of everything that is fed to the model while timing and continuing."""
-        return hashlib.sha256(repr((self.input_ids.tolist(), self.prompt_ids)).encode()).hexdigest()
+        return hashlib.sha256(repr((self.input_ids.tolist(), self.prompt_ids, self.speculation)).encode()).hexdigest()
 
 
 def prepare(tokenizer, args, *, vocab_size: int) -> Inputs:
@@ -58,7 +65,29 @@ def prepare(tokenizer, args, *, vocab_size: int) -> Inputs:
         prompt_ids=[tokenizer(prompt).input_ids for prompt in prompts],
         windows=windows,
         quality_protocol=protocol,
+        speculation=speculation_prompts(tokenizer, longest=max(1, args.config.max_position_embeddings - NEW_TOKENS)),
     )
+
+
+def speculation_prompts(tokenizer, *, longest: int) -> dict[str, list[list[int]]]:
+    """Token ids by kind: `summarising` asks for the sense of a news story in its own words (of the calibration text), `free`
+    are the benchmark's own prompts, which hold nothing to quote. As a chat where the model has a template for it.
+
+    Stories are cut where a prompt would take more than `longest` tokens.
+    """
+    stories = [line for line in load_text("calibration").content.splitlines() if len(line) > 400][:SUMMARIES]
+    asked = {
+        "summarising": [f"Summarise this news story, quoting its own words: {story[: 2 * longest]}" for story in stories],
+        "free": test_prompts,
+    }
+
+    def ids_of(text: str) -> list[int]:
+        if tokenizer.chat_template is None:
+            return tokenizer(text).input_ids[:longest]
+        message = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(message, add_generation_prompt=True, return_dict=False)[-longest:]
+
+    return {kind: [ids_of(text) for text in texts] for kind, texts in asked.items()}
 
 
 def _timed_prompt(tokenizer, prompts: list[str], *, rows: int, length: int) -> torch.Tensor:

@@ -21,6 +21,8 @@ def judge(record: dict, baseline: dict, comparison: interleave.Comparison) -> No
     record["retention_verdicts"] = retention_verdicts(record["perplexity_retention_ci"])
     record["targets_met"] = judge_targets(record, baseline)
     record["explanation"] = explain(record)
+    if record["explanation"] and record["speculation"]:
+        record["explanation"] += f"; {explain_drafts(record['speculation'])}"
 
 
 def explain_speed(record: dict, bandwidth_gb_per_s: float | None) -> None:
@@ -93,6 +95,15 @@ def explain(record: dict) -> str | None:
         f"{sentence}{reason}; it uses {record['mbu']:.0%} of the measured read bandwidth; {record['overhead_ms']:.1f} of its "
         f"{record['tpot_ms']:.1f} ms a token go elsewhere (arithmetic, Python, attention)"
     )
+
+
+def explain_drafts(speculation: dict) -> str:
+    """How often drafts were right and what that gave, for each kind of prompts."""
+    parts = []
+    for kind, figures in speculation.items():
+        rate = "nothing drafted" if figures["acceptance_rate"] is None else f"{figures['acceptance_rate']:.0%} accepted"
+        parts.append(f"{kind}: {rate}, {figures['tokens_per_pass']:.2f} tokens a pass, {figures['speedup']:.2f}x")
+    return f"drafts against plain decoding of the same recipe: {'; '.join(parts)}"
 
 
 def one_line(record: dict) -> str:

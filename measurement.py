@@ -153,6 +153,8 @@ class Measurement:
                 summary = side.call("score_variant", reference_file=str(self.reference_file))
             record.update({key: summary[key] for key in records.QUALITY_KEYS})
             record["continuations"] = self._texts(self.baseline_tokens, self._continuations(side))
+        with console.status(f"{record['name']}: drafting, where it drafts"):
+            record["speculation"] = side.call("speculation", prompts=self.inputs.speculation)
         comparison = self._interleave(record["name"], side)
         self._fill_speed(record, comparison.variant)
         judgement.judge(record, self.baseline, comparison)
@@ -169,12 +171,14 @@ class Measurement:
         notes = [*(record["notes"] or []), *(loaded.pop("notes") or [])]  # the first may say that loads alternate
         record.update(loaded, notes=notes or None)
         with console.status(f"{record['name']}: memory"):
-            record.update(side.call("memory"))
+            memory = side.call("memory")
+        tokens_per_pass = memory.pop("tokens_per_pass")
+        record.update(memory)
         with console.status(f"{record['name']}: size on disk"):
             record["model_size_mb"] = side.call("size")
         work = self.args.workload
         mean_fill = (work.depth + work.prompt_tokens + work.new_tokens / 2) / work.positions
-        record["bytes_per_token"] = streamed_bytes + record["kv_cache_mb"] * 1e6 * mean_fill
+        record["bytes_per_token"] = (streamed_bytes + record["kv_cache_mb"] * 1e6 * mean_fill) / tokens_per_pass
 
     def _make_room(self, record: dict, side: Side) -> None:
         """Where memory cannot hold both models, each is loaded in its turn: slow, but still interleaved."""

@@ -35,7 +35,7 @@ RECORD_KEYS = (
     "delta_nll_ci", "quality_protocol", "continuations",
     "bytes_per_token", "mbu", "ceiling_speedup", "speedup", "speedup_ci", "prefill_speedup", "prefill_speedup_ci",
     "prefill_verdict", "smallest_resolved", "verdict", "overhead_ms", "captured", "explanation", "retention_verdicts", "axes",
-    "targets_met",
+    "speculation", "targets_met",
 )  # fmt: skip
 
 

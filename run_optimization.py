@@ -30,6 +30,7 @@ RECIPES = {
     "prune+int8+kv8": ("Pruning + int8 + int8 KV", [("head_pruning", {}), ("quantization", {}), ("kv_cache_quant", {})]),
     "half+lean": ("Mixed precision + lean", [("mixed_precision", {}), LEAN]),
     "int8+lean": ("Int8 + lean", [("quantization", {"scheme": "grouped"}), LEAN]),
+    "int8+lean+lookup": ("Int8 + lean + prompt lookup", [("quantization", {"scheme": "grouped"}), LEAN, ("prompt_lookup", {})]),
     "int8+kv8+lean": ("Int8 + int8 KV + lean", [("quantization", {"scheme": "grouped"}), ("kv_cache_quant", {}), LEAN]),
     "int4+lean": ("Int4 + lean", [("int4", {}), LEAN]),
 }

@@ -109,7 +109,7 @@ def is_valid(record: dict) -> bool:
 def as_csv(records) -> str:
     """One row a recipe, the scalar keys of the record as columns; intervals as two numbers joined by a space."""
     columns = [key for key in RECORD_KEYS if key not in ("samples", "steps", "evidence", "memory_phases", "quality_protocol",
-               "continuations", "targets_met", "notes", "axes")]  # fmt: skip
+               "continuations", "targets_met", "notes", "axes", "speculation")]  # fmt: skip
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)

@@ -23,6 +23,7 @@ import benchmark
 import models
 import quality
 import saving
+import speculation
 from benchmark import Workload
 from devices import MB, Unsupported, release_memory
 from inference import generate_ids
@@ -203,7 +204,10 @@ class _Worker:
         peak = max(self.phases["prefill_peak_mb"], self.phases["decode_peak_mb"])
         named = benchmark.weight_bytes(self.model) / MB + measured["kv_cache_mb"]
         self.phases |= {"method": measured["method"], "interval_ms": measured["interval_ms"], "unnamed_mb": peak - named}
-        return {"peak_memory_mb": peak, "kv_cache_mb": measured["kv_cache_mb"], "memory_phases": self.phases}
+        return {
+            "peak_memory_mb": peak, "kv_cache_mb": measured["kv_cache_mb"], "memory_phases": self.phases,
+            "tokens_per_pass": measured["tokens_per_pass"],
+        }  # fmt: skip
 
     def size(self) -> float | None:
         """MB of the files that hold the model, really written (and deleted again); None where the disk has no room."""
@@ -230,6 +234,10 @@ class _Worker:
         """Greedy continuations through transformers' `generate`: what a user gets."""
         rows = (torch.tensor([prompt], device=self.device) for prompt in prompts)
         return [generate_ids(self.model, row, max_new_tokens=new_tokens)[0, row.shape[1] :].tolist() for row in rows]
+
+    def speculation(self, prompts: dict[str, list[list[int]]]) -> dict | None:
+        """What drafting gains on prompts of each kind; None for a decode loop that does not draft."""
+        return speculation.measure(self.model, prompts)
 
     def block(self) -> dict[str, float]:
         """One timed generation."""

@@ -8,7 +8,8 @@ Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in 
         the rounded layers before it hand on; with `--correction` its weights first move towards those that give the float
         model's outputs on these inputs. The result is cached in ~/.cache/tinyllama-optimization.
 Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss most per bit int8 instead, as far as
-        `--max-bits` allows: 4.6 is int4 with a few exceptions, 6 a mixture. `none`, or names, choose by hand.
+        `--max-bits` allows: 4.6 is int4 with a few exceptions, 6 a mixture. q, k and v count as one layer, and so do gate
+        and up: lean decode multiplies them as one. `none`, or names, choose by hand.
 Helps   Decode at batch 1 is bound by reading weights: half the bytes of int8.
 Loses   Quality, against int8. Minutes of calibration the first time. SmolLM2's file was rounded before, to another grid
         (Q4_1: groups of 32): its weights are 4-bit values already, but not ours. Random weights are rounded to nearest.

@@ -8,7 +8,7 @@ Cache   Keys and values are kept in bfloat16 (`--kv-dtype float32` for exactness
         keeps them in int8. Attention folds the int8 scales into scores and probabilities; nothing is expanded first.
 Serves  `generate` too: greedy, sampling, beams. Padded batches go through transformers' own forward, with the same cache.
 Loses   Nothing measured, on a CPU with the kernels. Elsewhere the PyTorch twins of the operators run: correct, hardly faster.
-        A layer whose q, k and v are not of one precision (int4 with some layers in int8) cannot be one call.
+        A layer whose q, k and v are not of one precision (int4 with int8 layers named by hand) cannot be one call.
 Papers  Pope et al. 2022, inference as reading weights: https://arxiv.org/abs/2211.05102; Dao et al. 2022, FlashAttention's
         running softmax: https://arxiv.org/abs/2205.14135
 Writes  lean_decode_results.json beside the baseline's, and charts, in the results folder.

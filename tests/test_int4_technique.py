@@ -108,7 +108,8 @@ def test_the_model_is_only_borrowed_while_it_is_walked():
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("max_bits", [5.4, 9.1])
-def test_auto_stays_within_its_bits(tied, max_bits):
+def test_auto_stays_within_its_bits(tied, max_bits, monkeypatch):
+    monkeypatch.setenv("TINYOPT_NO_KERNELS", "1")  # as above: 97 tokens are padded to 112
     model = int4.apply(tiny(tied=tied), group_size=32, max_bits=max_bits, rounding="nearest")
     assert 5 <= model.effective_bits <= max_bits
     assert bool(kinds(model, Int8Linear)) and bool(kinds(model, Int4Linear)) is (max_bits < 9)
@@ -138,7 +139,35 @@ def test_upgrades_are_the_most_costly_per_bit_that_fit():
     assert choose_upgrades(costs, bits, 7) == ["b", "a", "c"]
     assert choose_upgrades(costs, bits, 3) == ["b", "c"]
     added, spent = added_bits({"x": (3, 96)}, 64)
-    assert added == {"x": 3 * 96 * 4} and spent == 3 * (96 * 4 + 2 * 32)
+    assert added == {"x": 3 * (96 * 4 - 2 * 16)} and spent == 3 * (96 * 4 + 2 * 32)
+
+
+def test_bits_are_counted_as_they_are_stored(monkeypatch):
+    monkeypatch.setenv("TINYOPT_NO_KERNELS", "1")  # the kernels' panels are padded
+    linear = torch.nn.Linear(96, 48, bias=False)
+    parts = (Int4Linear(linear, group_size=32), Int8Linear(linear, group_size=32, int8_activations=True))
+    int4_bits, int8_bits = (8 * sum(buffer.nbytes for buffer in part.buffers()) for part in parts)
+    assert added_bits({"x": (48, 96)}, 32) == ({"x": int8_bits - int4_bits}, int4_bits)
+
+
+def test_layers_of_one_product_are_upgraded_together():
+    """v_proj alone is worth most per bit, but with q and k, which it runs with, it comes after o_proj."""
+    block = "model.layers.1.self_attn."
+    costs = {f"{block}q_proj": 0.1, f"{block}k_proj": 0.1, f"{block}v_proj": 3.0, f"{block}o_proj": 2.0, "lm_head": 0.1}
+    bits = {f"{block}q_proj": 3, f"{block}k_proj": 1, f"{block}v_proj": 1, f"{block}o_proj": 3, "lm_head": 1}
+    fused = [f"{block}{name}_proj" for name in "qkv"]
+    assert choose_upgrades(costs, bits, 9) == [f"{block}o_proj", *fused, "lm_head"]
+    assert choose_upgrades(costs, bits, 7) == [f"{block}o_proj", "lm_head"], "no part of a product that does not fit"
+    mlp = {f"model.layers.{index}.mlp.{name}": 1.0 + index for index in (0, 1) for name in ("gate_proj", "up_proj")}
+    assert choose_upgrades(mlp, dict.fromkeys(mlp, 2), 6) == ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
+
+
+def test_the_search_leaves_every_product_of_one_precision():
+    model = int4.apply(tiny(), group_size=32, max_bits=6.5, rounding="nearest")
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        for product in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+            assert len({type(part) for part in product}) == 1
 
 
 def test_the_second_run_reads_what_the_first_wrote(monkeypatch, ids):
