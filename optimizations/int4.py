@@ -36,6 +36,7 @@ from torch import nn
 
 import calibration
 import cli
+from devices import has_half_arithmetic
 from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.blockwise import STAGES, round_blockwise
@@ -53,7 +54,7 @@ SENSITIVITY_TOKENS = 2048
 
 def apply(
     model, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384, tune_steps: int = 64,
+    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 8192, tune_steps: int = 64,
 ):  # fmt: skip
     """Quantise in place; sets `model.effective_bits`, stored bits per weight over linear layers and embedding.
 
@@ -106,7 +107,7 @@ def apply(
 
 def check(
     config, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384, tune_steps: int = 64,
+    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 8192, tune_steps: int = 64,
 ) -> None:  # fmt: skip
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if group_size not in GROUP_SIZES:
@@ -191,7 +192,9 @@ def _measured_costs(model, candidates: dict, *, group_size: int, tied: bool) -> 
     if tied:
         changes[TABLE] = changes["lm_head"]
     print("int4: measuring which layers need int8", file=sys.stderr, flush=True)
-    costs = loss_increases(model, ids, changes)
+    half = has_half_arithmetic(model.device, torch.bfloat16)[0]
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+        costs = loss_increases(model, ids, changes)
     if tied:
         costs["lm_head"] += costs.pop(TABLE)
     save_costs(key, costs)

@@ -148,8 +148,9 @@ def test_the_second_run_reads_what_the_first_wrote(monkeypatch, ids):
     monkeypatch.setattr(int4, "tune", None)
     assert torch.equal(logits_of(int4.apply(tiny(), max_bits=6), ids), logits_of(first, ids))
     assert torch.equal(logits_of(int4.apply(tiny(), max_bits=6, tune_steps=0), ids), logits_of(untuned, ids))
-    assert not torch.equal(logits_of(untuned, ids), logits_of(first, ids))
-    for file in form_cache.cache_folder().glob("*.safetensors"):
+    files = list(form_cache.cache_folder().glob("*.safetensors"))
+    assert len(files) == 2  # rounded; rounded and tuned
+    for file in files:
         file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(TypeError):  # half a file counts as none
         int4.apply(tiny(), max_bits=6)
