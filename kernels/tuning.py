@@ -22,9 +22,9 @@ from kernels.healing import Teacher
 from kernels.int4 import LEVELS
 from kernels.int8 import dequantize_groups, quantize_groups
 
-HELD_OUT_EVERY, HELD_OUT_MOST = 8, 8
-LEARNING_RATE = 2e-3  # of a step between two levels, or of a norm's weight, at each optimizer step
-CHECKS = 4  # held-out readings, spread evenly over the steps
+HELD_OUT_EVERY, HELD_OUT_MOST = 8, 4
+LEARNING_RATE = 3e-3  # of a step between two levels, or of a norm's weight, at each optimizer step
+CHECKS = 2  # held-out readings, spread evenly over the steps
 
 
 class _RoundedInputs(torch.autograd.Function):
