@@ -39,6 +39,8 @@ def test_what_is_stored_is_what_was_learnt():
         tunable.scale.uniform_(-0.2, 0.2)
         tunable.center.uniform_(-0.2, 0.2)
         learnt = on_grid(tunable.levels, *tunable.grid(), GROUP)
+        scale, center = tunable.step * (1 + tunable.scale), tunable.middle + tunable.step * tunable.center
+    assert torch.allclose(learnt, on_grid(tunable.levels, scale, center, GROUP), atol=1e-3)  # but for bfloat16
     assert torch.allclose(learnt, dequantize_int4(*tunable.form(), GROUP), atol=1e-6)
     assert not torch.allclose(learnt, on_grid(tunable.levels, tunable.step, tunable.middle, GROUP), atol=1e-3)
 
