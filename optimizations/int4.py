@@ -54,7 +54,7 @@ SENSITIVITY_TOKENS = 2048
 
 def apply(
     model, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 8192, tune_steps: int = 40,
+    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 8192, tune_steps: int = 32,
 ):  # fmt: skip
     """Quantise in place; sets `model.effective_bits`, stored bits per weight over linear layers and embedding.
 
@@ -107,7 +107,7 @@ def apply(
 
 def check(
     config, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 8192, tune_steps: int = 40,
+    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 8192, tune_steps: int = 32,
 ) -> None:  # fmt: skip
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if group_size not in GROUP_SIZES:
