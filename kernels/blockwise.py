@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from devices import has_half_arithmetic
 from kernels.gptq import Form, damp, gptq_refined
 from kernels.int4 import dequantize_int4
 from kernels.int8 import dequantize_groups, quantize_groups
@@ -36,7 +37,7 @@ class _StageEnds(Exception):
 class RoundedLinear(nn.Module):
     """y = x' W'^T + b with x' and W' rounded and dequantised: what the quantised layer computes, as one float product.
 
-    The product is taken in bfloat16 where the CPU has matrix units for it: calibration then takes a third of the time,
+    The product is taken in bfloat16 where the CPU has instructions for it: calibration then takes a third of the time,
     for errors far below those of the rounding itself.
     """
 
@@ -44,8 +45,8 @@ class RoundedLinear(nn.Module):
         super().__init__()
         self.group_size, self.bias = group_size, source.bias
         self.in_features, self.out_features = source.in_features, source.out_features
-        matrix_units = weight.device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-        self.register_buffer("weight", weight.to(torch.bfloat16 if matrix_units else torch.float32))
+        native = weight.device.type == "cpu" and has_half_arithmetic(weight.device, torch.bfloat16)[0]
+        self.register_buffer("weight", weight.to(torch.bfloat16 if native else torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rounded = x if self.group_size is None else round_inputs(x, self.group_size)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from kernels.int4 import pack_nibbles, unpack_nibbles
 
-VERSION = 2  # to be raised when gptq.py, blockwise.py or the rounding in int4.py find other codes
+VERSION = 3  # to be raised when gptq.py, blockwise.py, tuning.py or the rounding in int4.py find other codes or scales
 
 
 def cache_folder() -> Path:
@@ -34,14 +34,16 @@ def cache_key(model, ids: torch.Tensor, **options) -> str:
     return digest.hexdigest()[:24]
 
 
-def load_forms(key: str, shapes: dict[str, tuple[int, int]]) -> dict | None:
-    """Forms by layer name, or None where there are none for `shapes` (name -> N, K) or the file cannot be read."""
+def load_forms(key: str, shapes: dict[str, tuple[int, int]], device: torch.device) -> tuple[dict, dict] | None:
+    """Forms by layer name and weights of norms by parameter name, on `device`; None where there are none for `shapes`
+    (name -> N, K) or the file cannot be read."""
     try:
-        tensors = load_file(cache_folder() / f"int4-{key}.safetensors")
-        return {
+        tensors = load_file(cache_folder() / f"int4-{key}.safetensors", device=str(device))
+        forms = {
             name: (unpack_nibbles(tensors[f"{name}.codes"], k), tensors[f"{name}.scale"], tensors[f"{name}.minimum"])
             for name, (_, k) in shapes.items()
         }
+        return forms, {name: tensor for name, tensor in tensors.items() if name.endswith("norm.weight")}
     except (OSError, SafetensorError, KeyError):
         return None
 
@@ -66,9 +68,9 @@ def save_costs(key: str, costs: dict[str, float]) -> None:
         return
 
 
-def save_forms(key: str, forms: dict) -> None:
+def save_forms(key: str, forms: dict, norms: dict | None = None) -> None:
     """Written beside its final name and renamed: a killed run leaves no half file. A full disk is no reason to stop."""
-    tensors = {}
+    tensors = {name: weight.cpu() for name, weight in (norms or {}).items()}
     for name, (codes, scale, minimum) in forms.items():
         tensors |= {f"{name}.codes": pack_nibbles(codes).cpu(), f"{name}.scale": scale.cpu(), f"{name}.minimum": minimum.cpu()}
     folder = cache_folder()

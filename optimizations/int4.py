@@ -6,7 +6,8 @@ Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in 
         input after another and lets those to come make good the error, as second moments of the layer's inputs on
         calibration text tell; then grid and codes are improved in turn. Blocks are visited in order: each layer sees what
         the rounded layers before it hand on; with `--correction` its weights first move towards those that give the float
-        model's outputs on these inputs. The result is cached in ~/.cache/tinyllama-optimization.
+        model's outputs on these inputs. At last scales, minimums and norms learn the float model's answers for
+        `--tune-steps` steps, the codes standing still. The result is cached in ~/.cache/tinyllama-optimization.
 Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss most per bit int8 instead, as far as
         `--max-bits` allows: 4.6 is int4 with a few exceptions, 6 a mixture. q, k and v count as one layer, and so do gate
         and up: lean decode multiplies them as one. `none`, or names, choose by hand.
@@ -16,6 +17,7 @@ Loses   Quality, against int8. Minutes of calibration the first time. SmolLM2's 
 Papers  Frantar et al. 2022 (GPTQ): https://arxiv.org/abs/2210.17323
         Behdin et al. 2023 (QuantEase, codes improved in turn): https://arxiv.org/abs/2309.01885
         Arai and Ichikawa 2025 (QEP, the correction): https://arxiv.org/abs/2504.09629
+        Chen et al. 2024 (EfficientQAT, tuning the grid end to end): https://arxiv.org/abs/2407.11062
         Dong et al. 2020 (HAWQ-V2, which layers need more bits): https://arxiv.org/abs/1911.03852
 Writes  int4_results.json beside the baseline's, and charts, in the results folder.
 
@@ -35,6 +37,7 @@ from torch import nn
 
 import calibration
 import cli
+from devices import has_half_arithmetic
 from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.blockwise import STAGES, round_blockwise
@@ -44,6 +47,7 @@ from kernels.int4_modules import Int4Linear, Int4Table
 from kernels.int8_modules import Int8Linear, Int8Table
 from kernels.modules import is_tied, replace_linears
 from kernels.sensitivity import added_bits, choose_upgrades, costs_by_position, loss_increases
+from kernels.tuning import HELD_OUT_MOST, tune
 from streaming import read_weights, streams
 
 TABLE = "model.embed_tokens"
@@ -53,7 +57,7 @@ SENSITIVITY_TOKENS = 2048
 @streams
 def apply(
     model, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384,
+    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 8192, tune_steps: int = 32,
 ):  # fmt: skip
     """Quantise in place; sets `model.effective_bits`, stored bits per weight over linear layers and embedding.
 
@@ -63,7 +67,7 @@ def apply(
     """
     check(
         model.config, group_size=group_size, rounding=rounding, int8_layers=int8_layers, max_bits=max_bits,
-        damping=damping, correction=correction, calibration_tokens=calibration_tokens,
+        damping=damping, correction=correction, calibration_tokens=calibration_tokens, tune_steps=tune_steps,
     )  # fmt: skip
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     expected = 1 + len(model.model.layers) * sum(len(stage) for stage in STAGES)
@@ -78,11 +82,14 @@ def apply(
     upgraded = _int8_names(model, linears, int8_layers, max_bits=max_bits, group_size=group_size)
     layers = len(linears)
     del linears  # its modules would keep every replaced weight alive
-    forms = {}
+    forms, norms = {}, {}
     if rounding == "gptq":
         ids = calibration.calibration_ids(model, tokens=calibration_tokens)
         options = {"group_size": group_size, "damping": damping, "correction": correction}
-        forms = _gptq_forms(model, ids, tied=tied, int8=upgraded, **options)
+        key, forms = _gptq_forms(model, ids, tied=tied, int8=upgraded, **options)
+        if tune_steps:
+            forms, norms = _tuned_forms(model, forms, key, tied=tied, group_size=group_size, steps=tune_steps)
+            notes.append(f"scales, minimums and norms tuned in {tune_steps} steps")
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
         if name in upgraded:
@@ -91,6 +98,9 @@ def apply(
         return Int4Linear(linear, group_size=group_size, codes=codes, scale=scale, minimum=minimum, search=real)
 
     replace_linears(model, make)
+    for name, weight in norms.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
     table = Int8Table if TABLE in upgraded else Int4Table
     shared = model.lm_head if tied else None
     model.set_input_embeddings(table(model.get_input_embeddings(), group_size=group_size, shared=shared))
@@ -104,7 +114,7 @@ def apply(
 
 def check(
     config, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384,
+    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 8192, tune_steps: int = 32,
 ) -> None:  # fmt: skip
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if group_size not in GROUP_SIZES:
@@ -119,6 +129,8 @@ def check(
         raise ValueError(f"--correction {correction:g}: choose a number from 0 to 1")
     if calibration_tokens < 512:
         raise ValueError(f"--calibration-tokens {calibration_tokens}: choose 512 or more")
+    if not 0 <= tune_steps <= 10_000:
+        raise ValueError(f"--tune-steps {tune_steps}: choose from 0 (no tuning) to 10000")
     if int8_layers not in ("auto", "none"):
         _named(int8_layers, _layer_names(config))
 
@@ -131,15 +143,27 @@ def effective_bits(model) -> float:
     return 8 * sum(stored.values()) / weights
 
 
-def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, int8: list[str], **options) -> dict:
-    """Codes, scale and minimum by layer name, from the cache if this very model was rounded before."""
+def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, int8: list[str], **options) -> tuple[str, dict]:
+    """The key of the result in the cache, and codes, scale and minimum by layer name; read where they were found before."""
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     key = cache_key(model, ids, int8=sorted(int8), **options)
-    forms = load_forms(key, {name: linear.weight.shape for name, linear in linears.items() if name not in int8})
-    if forms is None:
-        forms = round_blockwise(model, ids, tied=tied, int8=int8, **options)
-        save_forms(key, forms)
-    return {name: tuple(part.to(model.device) for part in form) for name, form in forms.items()}
+    known = load_forms(key, {name: linear.weight.shape for name, linear in linears.items() if name not in int8}, model.device)
+    if known is not None:
+        return key, known[0]
+    forms = round_blockwise(model, ids, tied=tied, int8=int8, **options)
+    save_forms(key, forms)
+    return key, forms
+
+
+def _tuned_forms(model, forms: dict, rounding: str, *, tied: bool, group_size: int, steps: int) -> tuple[dict, dict]:
+    """Like `forms`, from the rounding of that key, but tuned; and weights of norms by name."""
+    ids = calibration.calibration_ids(model, tokens=(steps + HELD_OUT_MOST) * 512)
+    key = cache_key(model, ids, rounding=rounding, steps=steps)
+    known = load_forms(key, {name: form[0].shape for name, form in forms.items()}, model.device)
+    if known is None:
+        known = tune(model, ids, forms, group_size=group_size, steps=steps, tied=tied)
+        save_forms(key, *known)
+    return known
 
 
 def _int8_names(model, linears: dict, int8_layers: str, *, max_bits: float, group_size: int) -> list[str]:
@@ -175,7 +199,9 @@ def _measured_costs(model, candidates: dict, *, group_size: int, tied: bool) -> 
     if tied:
         changes[TABLE] = changes["lm_head"]
     print("int4: measuring which layers need int8", file=sys.stderr, flush=True)
-    costs = loss_increases(model, ids, changes)
+    half = has_half_arithmetic(model.device, torch.bfloat16)[0]
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+        costs = loss_increases(model, ids, changes)
     if tied:
         costs["lm_head"] += costs.pop(TABLE)
     save_costs(key, costs)
@@ -230,6 +256,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--correction", type=float, default=defaults["correction"],
         help="GPTQ: share of the earlier layers' errors that each layer makes good (default: %(default)s)")  # fmt: skip
     parser.add_argument("--calibration-tokens", type=int, default=defaults["calibration_tokens"], help="default: %(default)s")
+    parser.add_argument("--tune-steps", type=int, default=defaults["tune_steps"],
+        help="then scales and norms learn the float model's answers; 0: rounding only (default: %(default)s)")  # fmt: skip
     args = cli.parse(parser, argv)
     options = {name: getattr(args, name) for name in defaults}
     return experiment.run({"int4": [("int4", options)]}, args, parser=parser)

@@ -76,7 +76,7 @@ def test_gptq_keeps_more_than_rounding_to_nearest():
     exact = logits_of(tiny(), CALIBRATION)
 
     def error(**options):
-        return (logits_of(int4.apply(tiny(), int8_layers="none", **options), CALIBRATION) - exact).square().mean()
+        return (logits_of(int4.apply(tiny(), int8_layers="none", tune_steps=0, **options), CALIBRATION) - exact).square().mean()
 
     uncorrected = error(correction=0)
     assert uncorrected < 0.8 * error(rounding="nearest")
@@ -172,10 +172,15 @@ def test_the_search_leaves_every_product_of_one_precision():
 
 def test_the_second_run_reads_what_the_first_wrote(monkeypatch, ids):
     first = int4.apply(tiny(), max_bits=6)
+    untuned = int4.apply(tiny(), max_bits=6, tune_steps=0)
     monkeypatch.setattr(int4, "round_blockwise", None)
+    monkeypatch.setattr(int4, "tune", None)
     assert torch.equal(logits_of(int4.apply(tiny(), max_bits=6), ids), logits_of(first, ids))
-    (file,) = form_cache.cache_folder().glob("*.safetensors")
-    file.write_bytes(file.read_bytes()[:1000])
+    assert torch.equal(logits_of(int4.apply(tiny(), max_bits=6, tune_steps=0), ids), logits_of(untuned, ids))
+    files = list(form_cache.cache_folder().glob("*.safetensors"))
+    assert len(files) == 2  # rounded; rounded and tuned
+    for file in files:
+        file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(TypeError):  # half a file counts as none
         int4.apply(tiny(), max_bits=6)
     with pytest.raises(TypeError):  # and another model's is not taken
@@ -198,7 +203,7 @@ def test_works_after_smoothing_and_pruning(ids):
 
 BAD = [
     {"group_size": 48}, {"rounding": "up"}, {"int8_layers": "mlp2"}, {"int8_layers": ","}, {"max_bits": 4.4}, {"damping": 0},
-    {"correction": 2}, {"calibration_tokens": 1}, {"int8_layers": "layers.3.mlp.down_proj"},
+    {"correction": 2}, {"calibration_tokens": 1}, {"tune_steps": -1}, {"int8_layers": "layers.3.mlp.down_proj"},
 ]  # fmt: skip
 
 
