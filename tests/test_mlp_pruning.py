@@ -80,6 +80,26 @@ def test_refit_of_nothing_is_the_identity(model, ids, tmp_path):
     torch.testing.assert_close(logits_of(model, ids), dense, atol=1e-3, rtol=0)
 
 
+def test_a_token_counts_by_what_the_next_norm_lets_through(model, tmp_path, monkeypatch):
+    """One token's stream is thousands of times longer: its row in a regression is as much shorter, else it would decide alone."""
+    rows = []
+
+    class Spy(compensation.Regression):
+        def add(self, x, y):
+            rows.append((x, y))
+            super().add(x, y)
+
+    monkeypatch.setattr(compensation, "Regression", Spy)
+    windows = torch.randint(2, 97, (4, 32), generator=torch.Generator().manual_seed(3))
+    windows[:, 0] = 1
+    model.get_input_embeddings().weight.data[1] *= 10_000
+    cache = calibration_cache.CalibrationCache(tmp_path / "giant")
+    compensation.refit_in_order(model, windows, cut=lambda index: {}, cache=cache)
+    assert len(rows) == 4 * 2 * 3
+    for x, y in rows:
+        assert x[0].norm() < 0.05 * x[1:].norm(dim=1).median() and y.isfinite().all()
+
+
 def test_healing_is_reported_apart(model):
     healed = apply(model, prune_ratio=0.3, heal_minutes=0.02)
     assert "MLP channels" in healed.notes[-2] and "healed in" in healed.notes[-1]
