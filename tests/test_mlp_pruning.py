@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import logits_of, stepwise_logits
 
+import calibration
 import models
 from benchmark import count_parameters, new_cache, weight_bytes
 from inference import generate_ids
@@ -98,6 +99,14 @@ def test_a_token_counts_by_what_the_next_norm_lets_through(model, tmp_path, monk
     assert len(rows) == 4 * 2 * 3
     for x, y in rows:
         assert x[0].norm() < 0.05 * x[1:].norm(dim=1).median() and y.isfinite().all()
+
+
+def test_refitting_a_large_model_reads_less_text():
+    """TinyLlama's streams of as many tokens as the embedded model's would pass 8 GB beside its weights."""
+    small = models.LlamaConfig(hidden_size=576, intermediate_size=1536)
+    large = models.LlamaConfig(**models.TINYLLAMA_SHAPE)
+    assert calibration.refit_tokens(small) == calibration.REFIT_TOKENS
+    assert 30_000 < calibration.refit_tokens(large) < 40_000
 
 
 def test_healing_is_reported_apart(model):
