@@ -82,7 +82,7 @@ def test_refit_of_nothing_is_the_identity(model, ids, tmp_path):
 
 
 def test_a_token_counts_by_what_the_next_norm_lets_through(model, tmp_path, monkeypatch):
-    """One token's stream is thousands of times longer: its row in a regression is as much shorter, else it would decide alone."""
+    """One token's stream is thousands of times longer: its row in a regression is as much shorter, or it would decide."""
     rows = []
 
     class Spy(compensation.Regression):
