@@ -13,7 +13,8 @@ import torch
 import models
 import texts
 
-REFIT_TOKENS = 65536  # bounds time and memory where there is more text than the embedded one has
+REFIT_TOKENS = 65536  # bounds time where there is more text than the embedded one has
+REFIT_BYTES = 2e9  # bounds what refitting holds besides the model (kernels/compensation.py)
 
 
 def calibration_ids(model, *, tokens: int, window: int = 512) -> torch.Tensor:
@@ -35,8 +36,15 @@ def calibration_ids(model, *, tokens: int, window: int = 512) -> torch.Tensor:
 
 
 def refit_windows(model) -> torch.Tensor:
-    """To rank, refit and heal on, int64 [W, 512]: all of the embedded text; two windows of random ids for random weights."""
-    return calibration_ids(model, tokens=1024 if model.source.random_weights else REFIT_TOKENS)
+    """To rank, refit and heal on, int64 [W, 512]: all of the embedded text that memory allows; two windows of random ids for
+    random weights."""
+    return calibration_ids(model, tokens=1024 if model.source.random_weights else refit_tokens(model.config))
+
+
+def refit_tokens(config) -> int:
+    """How many tokens a refit reads: it holds four float32 streams of them, and the inputs of one down_proj."""
+    bytes_per_token = 4 * (4 * config.hidden_size + config.intermediate_size)
+    return min(REFIT_TOKENS, int(REFIT_BYTES / bytes_per_token))
 
 
 @torch.inference_mode()

@@ -119,6 +119,11 @@ def has_half_arithmetic(device: torch.device, dtype: torch.dtype) -> tuple[bool,
     return features["amx_fp16"], "AMX-FP16" if features["amx_fp16"] else "this CPU has no AMX-FP16"
 
 
+def fast_products(device: torch.device) -> torch.autocast:
+    """A context in which products run in bfloat16 where that is faster than float32; sums, norms and softmax do not."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=has_half_arithmetic(device, torch.bfloat16)[0])
+
+
 def power_source() -> str | None:
     """`battery`, `mains`, or None where the machine does not say."""
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None

@@ -27,14 +27,14 @@ class CalibrationCache:
         self.folder = folder
 
     @classmethod
-    def of(cls, model, windows: torch.Tensor, **options) -> CalibrationCache:
-        """The cache of these weights, these calibration windows and these options (anything JSON can hold)."""
+    def of(cls, model, windows: torch.Tensor, *, code: tuple[str, ...] = CODE, **options) -> CalibrationCache:
+        """The cache of these weights, these calibration windows, the files `code` and these options (what JSON can hold)."""
         digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
         digest.update(windows.cpu().numpy().tobytes())
         for name, parameter in model.named_parameters():
             some = parameter.detach().flatten()[:: max(1, parameter.numel() // 4096)].float().cpu()
             digest.update(f"{name}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
-        for file in CODE:
+        for file in code:
             digest.update((Path(__file__).parent / file).read_bytes())
         return cls(ROOT.expanduser() / digest.hexdigest()[:24])
 

@@ -4,6 +4,8 @@ Layers are visited from first to last with two residual streams side by side: th
 a layer has been cut, o_proj and down_proj are refitted so that the pruned stream comes as near as possible to the dense one:
 their inputs are what the pruned model really computes, their target is the dense stream minus what the pruned stream holds
 already. So a later layer also makes good, as far as it can, what earlier ones lost. No second model is held.
+A token's error is divided by the length of its dense stream, as the next RMSNorm will divide it: a first token, whose stream
+some models make a hundred times longer than any other, would else outweigh all of its window.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from kernels.refit import Regression, fit_ridge
 
 BATCH_WINDOWS = 4
 HELD_OUT_EVERY = 8  # one window in eight chooses the damping
+TINY = torch.finfo(torch.float32).tiny
 WRITERS = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 
@@ -88,7 +91,8 @@ def _refit_writer(layer, part, pruned, target, columns, context, known: torch.Te
         bias = 0 if writer.bias is None else writer.bias
         for index, (x, rows, goal) in enumerate(zip(inputs, pruned, target, strict=True)):
             moments = held_out if index % HELD_OUT_EVERY == HELD_OUT_EVERY // 2 or index == len(inputs) - 1 else train
-            moments.add(x[:, kept].float(), (goal - rows - bias).float())
+            scale = goal.float().square().mean(-1, keepdim=True).clamp_min(TINY).rsqrt()
+            moments.add(x[:, kept].float() * scale, (goal - rows - bias).float() * scale)
         known = fit_ridge(train, held_out, writer.weight[:, kept])[0]
     _set_weight(layer, part, known, columns)
     for rows, x in zip(pruned.split(BATCH_WINDOWS), inputs.split(BATCH_WINDOWS), strict=True):

@@ -3,7 +3,8 @@
 The dense model's most likely tokens are kept before it is pruned, so no second model is held. Low-rank updates (LoRA, Hu et
 al. 2021, https://arxiv.org/abs/2106.09685; for pruned models: Ma et al. 2023, LLM-Pruner) of every projection are trained
 with AdamW on the KL divergence and then added into the weights: shapes, bytes and speed stay what pruning made them.
-Every eighth calibration window is never trained on; the updates that did best there are the ones kept.
+Where the device multiplies bfloat16 in hardware, products run in it, on copies of the frozen weights: twice the steps in the
+same time. Every eighth calibration window is never trained on; the updates that did best there are the ones kept.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from devices import fast_products, has_half_arithmetic
 from kernels.calibration_cache import show_progress
 
 KEPT_TOKENS = 128  # of the dense distribution at each position; the others count as one outcome
@@ -47,13 +49,9 @@ class Teacher:
         self.windows = windows.clone()
         ids, log_probs = [], []
         for done, window in enumerate(windows):
-            top = (
-                model(window[None], use_cache=False)
-                .logits[0]
-                .float()
-                .log_softmax(-1)
-                .topk(min(KEPT_TOKENS, model.config.vocab_size))
-            )
+            with fast_products(model.device):
+                logits = model(window[None], use_cache=False).logits[0].float()
+            top = logits.log_softmax(-1).topk(min(KEPT_TOKENS, model.config.vocab_size))
             ids.append(top.indices.to(torch.int32))
             log_probs.append(top.values)
             show_progress("dense answers", done + 1, len(windows))
@@ -63,7 +61,8 @@ class Teacher:
         """KL(dense || model) on one window, nats per token, differentiable."""
         with torch.inference_mode(False):
             window, ids, dense = self.windows[index].clone(), self.ids[index].long(), self.log_probs[index].clone()
-        logits = model(window[None], use_cache=False).logits[0].float()
+        with fast_products(model.device):
+            logits = model(window[None], use_cache=False).logits[0].float()
         inside = (logits - logits.logsumexp(-1, keepdim=True)).gather(1, ids)
         dense_rest, rest = (1 - side.exp().sum(1).clamp_max(1 - 1e-6) for side in (dense, inside))
         return ((dense.exp() * (dense - inside)).sum(1) + dense_rest * (dense_rest / rest).log()).mean()
@@ -75,13 +74,15 @@ class LowRank(nn.Module):
     def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
         super().__init__()
         self.linear = linear
+        half = has_half_arithmetic(linear.weight.device, torch.bfloat16)[0]
+        self.frozen = linear.weight.detach().bfloat16() if half else linear.weight.detach()
         rank = min(rank, *linear.weight.shape)
         down = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5
         self.a = nn.Parameter(down.to(linear.weight.device))
         self.b = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x) + F.linear(F.linear(x, self.a), self.b)
+        return F.linear(x, self.frozen, self.linear.bias) + F.linear(F.linear(x, self.a), self.b)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

@@ -23,6 +23,7 @@ class Int4Linear(nn.Module):
         scale: torch.Tensor | None = None, minimum: torch.Tensor | None = None, search: bool = True,
     ):  # fmt: skip
         super().__init__()
+        group_size = min(group_size, source.in_features)  # one head that pruning left may be narrower than a group
         self.in_features, self.out_features, self.group_size = source.in_features, source.out_features, group_size
         if codes is None:
             weight, scale, minimum = by_rows(

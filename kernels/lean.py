@@ -32,7 +32,7 @@ class LeanForward:
 
     @property
     def fused(self) -> int:
-        return sum(len(part) == 1 for layer in self.layers for part in (layer.qkv, layer.gate_up))
+        return sum(part is not None and len(part) == 1 for layer in self.layers for part in (layer.qkv, layer.gate_up))
 
     def __call__(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
@@ -62,16 +62,20 @@ class LeanForward:
         residual = self.model.get_input_embeddings()(input_ids).float().contiguous()
         update = None
         whole = input_ids.shape[1] <= FEW_ROWS and kernels_run(residual)
-        for index, layer in enumerate(self.layers):
-            stored = cache.layer(index)
-            if whole and layer.products is not None and update is None:
-                decoder_layer(residual, layer, self.cos, self.sin, stored, self.eps)
-                continue
-            inputs = add_rms_norm(residual, update, layer.attention_norm, self.eps)
-            q = rope_append(
-                _product(layer.qkv, inputs), self.cos, self.sin, stored, kv_heads=layer.kv_heads, head_dim=layer.head_dim
-            )
-            update = layer.o_proj(attend(q, stored, scaling=layer.scaling, kv_of_head=layer.kv_of_head)).float()
+        for layer in self.layers:
+            if layer.qkv is not None:
+                stored = cache.layer(layer.cache_index)
+                if whole and layer.products is not None:
+                    if update is not None:
+                        residual += update
+                        update = None
+                    decoder_layer(residual, layer, self.cos, self.sin, stored, self.eps)
+                    continue
+                inputs = add_rms_norm(residual, update, layer.attention_norm, self.eps)
+                q = rope_append(
+                    _product(layer.qkv, inputs), self.cos, self.sin, stored, kv_heads=layer.kv_heads, head_dim=layer.head_dim
+                )
+                update = layer.o_proj(attend(q, stored, scaling=layer.scaling, kv_of_head=layer.kv_of_head)).float()
             inputs = add_rms_norm(residual, update, layer.mlp_norm, self.eps)
             update = layer.down_proj(silu_mul(_product(layer.gate_up, inputs))).float()
         if last:
@@ -81,15 +85,18 @@ class LeanForward:
 
 
 class _Layer:
-    """One decoder layer's products, joined where they can be, and its numbers."""
+    """One decoder layer's products, joined where they can be, and its numbers. `qkv` is None without attention."""
 
     def __init__(self, layer):
-        attention, mlp = layer.self_attn, layer.mlp
-        self.attention_norm = _norm_weight(layer.input_layernorm)
+        attention, mlp = getattr(layer, "self_attn", None), layer.mlp
         self.mlp_norm = _norm_weight(layer.post_attention_layernorm)
+        self.gate_up, self.down_proj = _joined([mlp.gate_proj, mlp.up_proj]), mlp.down_proj
+        self.qkv = None
+        if attention is None:  # layer_pruning took it: the layer is its MLP, and owns no layer of the cache
+            return
+        self.attention_norm = _norm_weight(layer.input_layernorm)
         self.qkv = _joined([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.gate_up = _joined([mlp.gate_proj, mlp.up_proj])
-        self.o_proj, self.down_proj = attention.o_proj, mlp.down_proj
+        self.o_proj, self.cache_index = attention.o_proj, attention.layer_idx
         self.head_dim, self.scaling = attention.head_dim, attention.scaling
         self.kv_heads = attention.k_proj.out_features // attention.head_dim
         self.kv_of_head = getattr(attention, "kv_of_head", None)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers.masking_utils import create_causal_mask
 
+from devices import fast_products
 from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.compensation import WRITERS
 from kernels.refit import SELECTION_DAMPING, damped, eliminate
@@ -50,7 +51,8 @@ def moments(
     def watch(index: int):
         def hook(_module, arguments, output):
             x = arguments[0].detach().reshape(-1, arguments[0].shape[-1]).float()
-            inputs[index] = inputs[index] + x.T @ x
+            with torch.autocast(x.device.type, enabled=False):  # moments are inverted: bfloat16 would make them indefinite
+                inputs[index] = inputs[index] + x.T @ x
             output.register_hook(lambda gradient: collect(index, gradient))
 
         return hook
@@ -65,7 +67,8 @@ def moments(
         with torch.enable_grad():
             for done, window in enumerate(windows):
                 embedded = model.get_input_embeddings()(window[None]).detach().requires_grad_(True)
-                logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
+                with fast_products(model.device):
+                    logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
                 drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
                 F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
                 if progress:
@@ -110,7 +113,7 @@ def cached_rankings(model, windows: torch.Tensor, *, part: str, group: int, at_o
     probes = probe_windows(windows)
     points = sorted({max(1, round(share * steps)) for share in MEASURED_SHARES})
     options = {"part": part, "group": group, "at_once": at_once, "steps": steps, "points": points, "probes": list(probes.shape)}
-    cache = CalibrationCache.of(model, windows, **options)
+    cache = CalibrationCache.of(model, windows, code=("refit.py", "pruning_costs.py"), **options)
     kept = cache.json("rankings")
     if kept is None:
         found = rank(model, windows[spread], probes, layers, group=group, at_once=at_once, steps=steps, points=points,

@@ -37,9 +37,10 @@ def seams(model) -> Iterator[Seam]:
     """Every seam of a Llama, in order of execution. The last, norm to lm_head, only where the two tables are not tied:
     a tied table is the input embedding as well, which has no factor to undo."""
     for index, block in enumerate(model.model.layers):
-        attention, mlp, name = block.self_attn, block.mlp, f"model.layers.{index}."
-        yield Seam(name + "attention", block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj))
-        yield Seam(name + "o_proj", attention.v_proj, (attention.o_proj,), _copied_channels(attention))
+        attention, mlp, name = getattr(block, "self_attn", None), block.mlp, f"model.layers.{index}."
+        if attention is not None:  # layer_pruning may have taken it
+            yield Seam(name + "attention", block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj))
+            yield Seam(name + "o_proj", attention.v_proj, (attention.o_proj,), _copied_channels(attention))
         yield Seam(name + "mlp", block.post_attention_layernorm, (mlp.gate_proj, mlp.up_proj))
         yield Seam(name + "down_proj", mlp.up_proj, (mlp.down_proj,))
     if not is_tied(model):

@@ -70,7 +70,8 @@ def _choose(device: torch.device, dtype: str) -> tuple[torch.dtype, bool, str]:
 def _cast_where_dtypes_meet(model, half: torch.dtype) -> None:
     decoder = model.model
     for layer in decoder.layers:
-        layer.input_layernorm = CastAfter(layer.input_layernorm, half)
+        if hasattr(layer, "input_layernorm"):  # layer_pruning takes it with the attention sublayer
+            layer.input_layernorm = CastAfter(layer.input_layernorm, half)
         layer.post_attention_layernorm = CastAfter(layer.post_attention_layernorm, half)
     decoder.norm = CastAfter(decoder.norm, half)
     decoder.rotary_emb = CastAfter(decoder.rotary_emb, half)  # else float32 angles promote q and k, but not v

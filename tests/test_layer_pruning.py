@@ -100,6 +100,8 @@ def test_other_techniques_after_and_before(model, ids):
     narrow = mlp_pruning.apply(head_pruning.apply(copy.deepcopy(model), prune_ratio=0.15), prune_ratio=0.2)
     stacked = quantization.apply(apply(narrow, what="attention", count=1), scheme="weight-only")
     assert torch.isfinite(stepwise_logits(stacked, ids, new_cache(stacked))).all()
+    smooth = quantization.apply(apply(copy.deepcopy(model), what="attention", count=1), scheme="dynamic")
+    assert torch.isfinite(stepwise_logits(smooth, ids, new_cache(smooth))).all()
     apply(model, what="attention", count=1)
     for technique in (head_pruning, mlp_pruning):
         with pytest.raises(ValueError, match="before layer_pruning"):

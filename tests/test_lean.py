@@ -11,12 +11,12 @@ import benchmark
 import models
 from benchmark import new_cache
 from inference import generate_ids
-from kernels import step
+from kernels import calibration_cache, step
 from kernels.build import load_kernels
 from kernels.int8_modules import Int8Linear
 from kernels.kv_cache import RoomyCache, RoomyLayer
 from kernels.lean import LeanForward
-from optimizations import head_pruning, int4, kv_cache_quant, mixed_precision, quantization
+from optimizations import head_pruning, int4, kv_cache_quant, layer_pruning, mixed_precision, mlp_pruning, quantization
 from optimizations.kv_cache_quant import Int8CacheLayer
 from optimizations.lean_decode import Float32Layer, apply
 
@@ -86,6 +86,41 @@ def test_pruned_unevenly(ids, path):
     expected = walk(model, ids, DynamicCache(config=model.config))
     lean = apply(model, kv_dtype="float32")
     assert (walk(lean, ids, new_cache(lean)) - expected).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Heads and MLP channels removed where they cost least, no layer like another; and the same less one attention."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration_cache, "ROOT", tmp_path_factory.mktemp("calibration"))
+        model = with_source(make_tiny("three_a_group", num_hidden_layers=4))
+        model.model.layers[2].self_attn.o_proj.weight.data.mul_(0.01)
+        model = head_pruning.apply(model, prune_ratio=0.3, method="calibrated")
+        model = mlp_pruning.apply(model, prune_ratio=0.2)
+        fewer = layer_pruning.apply(copy.deepcopy(model), what="attention", count=1)
+    assert len({layer.self_attn.q_proj.out_features for layer in model.model.layers}) > 1
+    assert len({layer.mlp.down_proj.in_features for layer in model.model.layers}) > 1
+    assert any(hasattr(layer.self_attn, "kv_of_head") for layer in model.model.layers)
+    return {4: model, 3: fewer}
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "classic"])  # torch's own, no kernel of ours
+@pytest.mark.parametrize("kv8", [False, True])
+def test_on_uneven_layers_and_a_layer_without_attention(uneven, recipe, kv8, ids, path):
+    """Every precision and cache on the shapes that pruning leaves, against transformers' own pass on the same weights."""
+    attentions = 4 if recipe == "int4" else 3  # int4 wants all layers' attention
+    model = RECIPES[recipe](copy.deepcopy(uneven[attentions]))
+    model = kv_cache_quant.apply(model) if kv8 else model
+    expected = walk(model, ids, new_cache(model))
+    lean = apply(model, kv_dtype="float32")
+    cache = new_cache(lean)
+    difference = (walk(lean, ids, cache) - expected).abs()
+    assert len(cache.layers) == attentions, "a layer without attention owns no part of the cache"
+    if recipe == "float32" and not kv8:
+        assert difference.max() < 1e-4
+    elif not (recipe == "bf16" and path == "twins"):  # the original's norms and cache round to bfloat16 there
+        assert difference.median() < (0.02 if kv8 or recipe == "bf16" else 1e-3)
+    assert difference.max() < 0.7
 
 
 def test_int8_cache_is_read_in_place(ids, path):

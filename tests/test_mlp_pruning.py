@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import logits_of, stepwise_logits
 
+import calibration
 import models
 from benchmark import count_parameters, new_cache, weight_bytes
 from inference import generate_ids
@@ -78,6 +79,34 @@ def test_refit_of_nothing_is_the_identity(model, ids, tmp_path):
     cache = calibration_cache.CalibrationCache(tmp_path / "identity")
     compensation.refit_in_order(model, windows, cut=lambda index: {}, cache=cache)
     torch.testing.assert_close(logits_of(model, ids), dense, atol=1e-3, rtol=0)
+
+
+def test_a_token_counts_by_what_the_next_norm_lets_through(model, tmp_path, monkeypatch):
+    """One token's stream is thousands of times longer: its row in a regression is as much shorter, or it would decide."""
+    rows = []
+
+    class Spy(compensation.Regression):
+        def add(self, x, y):
+            rows.append((x, y))
+            super().add(x, y)
+
+    monkeypatch.setattr(compensation, "Regression", Spy)
+    windows = torch.randint(2, 97, (4, 32), generator=torch.Generator().manual_seed(3))
+    windows[:, 0] = 1
+    model.get_input_embeddings().weight.data[1] *= 10_000
+    cache = calibration_cache.CalibrationCache(tmp_path / "giant")
+    compensation.refit_in_order(model, windows, cut=lambda index: {}, cache=cache)
+    assert len(rows) == 4 * 2 * 3
+    for x, y in rows:
+        assert x[0].norm() < 0.05 * x[1:].norm(dim=1).median() and y.isfinite().all()
+
+
+def test_refitting_a_large_model_reads_less_text():
+    """TinyLlama's streams of as many tokens as the embedded model's would pass 8 GB beside its weights."""
+    small = models.LlamaConfig(hidden_size=576, intermediate_size=1536)
+    large = models.LlamaConfig(**models.TINYLLAMA_SHAPE)
+    assert calibration.refit_tokens(small) == calibration.REFIT_TOKENS
+    assert 30_000 < calibration.refit_tokens(large) < 40_000
 
 
 def test_healing_is_reported_apart(model):
