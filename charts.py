@@ -188,8 +188,9 @@ def pareto(consolidated, records):
     ]
     _shade_targets(panels[0], targets)
     panels[0].set(xlabel="decode speed-up (higher is better)", ylabel="perplexity retention in % (higher is better)")
-    for axes, named in zip(panels, places, strict=True):
-        place_labels(axes, named)
+    for axes, (names, draw_front) in zip(panels, places, strict=True):
+        place_labels(axes, names)
+        draw_front(color=ORANGE, linestyle="--", label="front", zorder=0.5)
     handles, names = panels[0].get_legend_handles_labels()
     style = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "frameon": False, "fontsize": 9}
     panels[0].legend(*zip(*dict(zip(names, zip(handles, names, strict=True), strict=True)).values(), strict=True), **style)
@@ -202,15 +203,15 @@ def pareto(consolidated, records):
 
 
 def _trade(axes, rows, start, better):
-    """Draw (record, x, interval of x) against retention and the front, where `better` * x counts; return names with places."""
+    """Draw (record, x, interval of x) against retention and the front, where `better` * x counts; return names with places,
+    and what draws the front: a line that names may cross, so they are placed before it is there.
+    """
     axes.grid(axis="both", color="#DDDDDD")
     names = []
     if start is not None:
         axes.plot(start, 100, "s", color="black", markersize=9, label="baseline")
         names.append(("Baseline", start, 100))
     best = front(rows, lambda row: (better * row[1], row[0]["perplexity_retention"]))
-    steps = sorted((x, _retention(record, LOWEST)[0]) for record, x, _ in best)
-    axes.step(*zip(*steps, strict=True), where="pre" if better > 0 else "post", color=ORANGE, linestyle="--", label="front")
     for record, x, ends in rows:
         kept, kept_ends, text = _retention(record, LOWEST)
         on_front = any(record is row[0] for row in best)
@@ -218,7 +219,8 @@ def _trade(axes, rows, start, better):
         dot(axes, x, kept, ends, kept_ends, look=look, name="recipe on the front" if on_front else "recipe beaten by another")
         names.append((label(record) + (f" ({text.split(' [')[0]})" if kept == LOWEST else ""), x, kept))
     axes.margins(0.1)
-    return names
+    steps = sorted((x, _retention(record, LOWEST)[0]) for record, x, _ in best)
+    return names, partial(axes.step, *zip(*steps, strict=True), where="pre" if better > 0 else "post")
 
 
 def _shade_targets(axes, targets):
