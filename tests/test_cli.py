@@ -179,6 +179,15 @@ def test_a_search_on_random_weights(refused):
     assert "random weights" in refused(["--find", "-m", "tinyllama-random"], module="run_optimization")
 
 
+@pytest.mark.parametrize("module", ["pruning_curve", "layer_costs"])
+def test_a_curve_of_random_weights(refused, module):
+    assert "random weights" in refused(["-m", "tinyllama-random"], module=module)
+
+
+def test_unknown_kind_of_pruning(refused):
+    assert "--kinds" in refused(["--kinds", "blocks,neurons"], module="pruning_curve")
+
+
 def test_stacks_stand_beside_recipes_or_alone(started):
     recipes, _ = started("run_optimization", "--stack", "int4:max_bits=6 + lean_decode", "--stack", "quantization")
     assert list(recipes.values()) == [[("int4", {"max_bits": 6.0}), ("lean_decode", {})], [("quantization", {})]]
