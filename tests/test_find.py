@@ -138,17 +138,16 @@ def test_the_command_repeats_the_run_without_the_search(monkeypatch):
 def test_a_whole_search_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     """From flags to the pick and its command, and once more with limits that nothing keeps; the second run measures nothing."""
     model = str(save_tiny_model(tmp_path / "model"))
-    monkeypatch.setattr(search, "BY_EXPENSE", ("lean", "int8"))
-    monkeypatch.setattr(search, "AXES", {axis: {name: steps for name, steps in names.items() if name in ("", "int8")}
-                                         for axis, names in search.AXES.items()})  # fmt: skip
+    monkeypatch.setattr(search, "BY_EXPENSE", ("lean",))  # the whole space takes minutes even here
+    monkeypatch.setattr(search, "AXES", {axis: {"": []} for axis in search.AXES})
     flags = ["-m", model, "-t", "1", *QUICK_FLAGS, "-o", str(tmp_path / "out"), "--find"]
     monkeypatch.setattr(sys, "argv", ["run_optimization.py", *flags])
     assert run_optimization.main([*flags, "--min-retention", "0.5"]) == 0
     shown = capsys.readouterr().out
     found = json.loads((tmp_path / "out" / find.RESULTS).read_text())
-    assert found["pick"] in ("lean", "int8+lean", "baseline") and "Best recipe for this machine" in shown
+    assert found["pick"] in ("lean", "baseline") and "Best recipe for this machine" in shown
     assert found["command"] in " ".join(shown.split()) and found["not_reached"] == []
-    assert set(found["alone"]) == {"baseline", "lean", "int8"}
+    assert set(found["alone"]) == {"baseline", "lean"} and found["picked"] == ["lean"]
     measured = json.loads((tmp_path / "out" / "consolidated_results.json").read_text())["results"]
     assert {record["name"] for record in measured} == {"baseline", *found["picked"]}
     assert all("--stack" in record["repro"] for record in measured if record["steps"])
