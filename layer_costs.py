@@ -30,7 +30,7 @@ from measurement import console
 
 RESULTS = "layer_costs_results.json"
 GROUP_SIZE = 64
-TOKENS = 4096
+TOKENS = 2048
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
