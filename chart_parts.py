@@ -58,6 +58,7 @@ def place_labels(axes, places):
     tries = [(radius, turn * math.pi / 8) for radius in range(14, 400, 14) for turn in range(16)]
     names, leaders = [], []
     style = {"ha": "center", "va": "center", "fontsize": 9, "textcoords": "offset pixels"}
+    style["bbox"] = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.3}
     style["arrowprops"] = {"arrowstyle": "-", "color": INK, "shrinkA": 0, "shrinkB": 4}
     for name, *place in places:
         text = axes.annotate(textwrap.fill(name, 28), place, (0, 0), **style)

@@ -16,31 +16,57 @@ import matplotlib
 
 from axis_charts import cache_memory, depth_speed
 from chart_parts import BLUE, GREEN, GREY, ORANGE, bar, dot, finish, new_axes, place_labels, rows_of, value_beside
+from pruning_charts import equal_bytes, sensitivity
 from report import amount, baseline_of, interval, label, number, percent, ratio, speedup, times
+from search import front
 
 STYLE = {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.7}
 STYLE |= {"axes.grid": True, "axes.grid.axis": "x", "grid.color": "#DDDDDD", "axes.axisbelow": True}
 FACTORS = "Factors (1.23x): interleaved runs against the baseline, with interval; if none is shown, two separate runs."
+LOWEST = 88  # % of retention: what lies below would squeeze the recipes that matter into one line
 CUT = "Retention below 50 % is drawn at 50 %."
 SPREAD = "Black line: slowest and fastest repeat, or the interval of the factor where the repeats are missing."
 
 
 def draw_all(consolidated, folder):
     """Draw every chart that has something to show into folder/visualizations and return their paths."""
-    target = Path(folder) / "visualizations"
-    target.mkdir(parents=True, exist_ok=True)
-    written, origin = [], {"Source": digest(consolidated)}
+    written = []
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
         for name, (draw, key) in CHARTS.items():
             records = [r for r in consolidated["results"] if r.get("status") == "ok" and number(r, key) is not None]
-            path, figure = target / f"{name}.png", draw(consolidated, records) if records else None
-            if figure is None:
-                path.unlink(missing_ok=True)
-                continue
-            figure.savefig(path.with_suffix(".tmp"), format="png", bbox_inches="tight", pad_inches=0.2, metadata=origin)
-            os.replace(path.with_suffix(".tmp"), path)
-            written.append(path)
+            written += _write(folder, name, draw(consolidated, records) if records else None, consolidated)
+    return written + draw_all_own(folder)
+
+
+def draw_all_own(folder):
+    """Draw the charts that have a results file of their own, where it is there and readable."""
+    written = []
+    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
+        for name, (draw, file) in OWN_CHARTS.items():
+            content = _content(folder, file)
+            written += _write(folder, name, draw(content) if content else None, content)
     return written
+
+
+def _write(folder, name, figure, source):
+    """The figure as a list of one path; [] where there is none, and then an old picture goes too."""
+    path = Path(folder) / "visualizations" / f"{name}.png"
+    if figure is None:
+        path.unlink(missing_ok=True)
+        return []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    origin = {"Source": digest(source)}
+    figure.savefig(path.with_suffix(".tmp"), format="png", bbox_inches="tight", pad_inches=0.2, metadata=origin)
+    os.replace(path.with_suffix(".tmp"), path)
+    return [path]
+
+
+def _content(folder, file):
+    try:
+        content = json.loads((Path(folder) / file).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("results") else None
 
 
 def digest(consolidated):
@@ -50,8 +76,9 @@ def digest(consolidated):
 
 def stale(consolidated, folder):
     """The charts in the folder that were drawn from other numbers."""
-    pictures = [Path(folder) / "visualizations" / f"{name}.png" for name in CHARTS]
-    return [path for path in pictures if path.exists() and digest(consolidated).encode() not in path.read_bytes()]
+    sources = dict.fromkeys(CHARTS, consolidated) | {name: _content(folder, file) for name, (_, file) in OWN_CHARTS.items()}
+    pictures = {Path(folder) / "visualizations" / f"{name}.png": source for name, source in sources.items()}
+    return [path for path, source in pictures.items() if path.exists() and digest(source).encode() not in path.read_bytes()]
 
 
 # The charts: each takes the records in which its quantity was measured, and may still decline.
@@ -137,41 +164,76 @@ def quality(consolidated, records):
     return finish(kept, consolidated, records, "Quality and what is kept", "retention in % (higher is better)", notes)
 
 
-def _retention(record):
+def _retention(record, lowest=50):
     """(where to draw it, its interval, the true value as text); a broken recipe must not squeeze all others."""
     share, ends = number(record, "perplexity_retention"), interval(record, "perplexity_retention_ci") or ()
     if share is None:
         return None, None, ""
     text = f"{100 * share:.2f} %" + (f" [{100 * ends[0]:.2f}, {100 * ends[1]:.2f}]" if ends else "")
-    return max(100 * share, 50), [max(100 * end, 50) for end in ends], text
+    return max(100 * share, lowest), [max(100 * end, lowest) for end in ends], text
 
 
-def speed_vs_quality(consolidated, records):
-    """The trade: decode speed-up to the right, quality upwards, the corner of both targets shaded."""
+def pareto(consolidated, records):
+    """The trades: retention against decode speed-up, and against model size, with the front of each."""
     baseline, targets = baseline_of(consolidated), consolidated.get("targets")
     records = [r for r in records if r is not baseline and speedup(r, baseline)[0] is not None]
     if not records:
         return None
-    axes = new_axes(5.5, width=10)[0]
-    axes.plot(1, 100, "s", color="black", markersize=9)
-    places = [("Baseline", 1, 100)]
-    for record in records:
-        (factor, ends), (kept, kept_ends, text) = speedup(record, baseline), _retention(record)
-        dot(axes, factor, kept, ends, kept_ends)
-        places.append((label(record) + (f" ({text})" if kept == 50 else ""), factor, kept))
+    panels = new_axes(6.5, panels=2, width=17)
+    speeds = [(record, *speedup(record, baseline)) for record in records]
+    sizes = [(r, number(r, "model_size_mb"), None) for r in records if number(r, "model_size_mb") is not None]
+    places = [
+        _trade(panels[0], speeds, start=1, better=1),
+        _trade(panels[1], sizes, start=number(baseline, "model_size_mb"), better=-1),
+    ]
+    _shade_targets(panels[0], targets)
+    panels[0].set(xlabel="decode speed-up (higher is better)", ylabel="perplexity retention in % (higher is better)")
+    for axes, (names, draw_front) in zip(panels, places, strict=True):
+        place_labels(axes, names)
+        draw_front(color=ORANGE, linestyle="--", label="front", zorder=0.5)
+    handles, names = panels[0].get_legend_handles_labels()
+    style = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "frameon": False, "fontsize": 9}
+    panels[0].legend(*zip(*dict(zip(names, zip(handles, names, strict=True), strict=True)).values(), strict=True), **style)
+    notes = [
+        "Lines through a point are its intervals. Front: no recipe keeps more quality and is faster (left) or smaller (right). "
+        f"Retention below {LOWEST} % is drawn at {LOWEST} %, with the figure beside the name."
+    ]
+    xlabel, drawn = "model size in MB = 10^6 bytes (lower is better)", [baseline, *records]
+    return finish(panels[1], consolidated, drawn, "What speed and size cost", xlabel, notes)
+
+
+def _trade(axes, rows, start, better):
+    """Draw (record, x, interval of x) against retention and the front, where `better` * x counts; return names with places,
+    and what draws the front: a line that names may cross, so they are placed before it is there.
+    """
+    axes.grid(axis="both", color="#DDDDDD")
+    names = []
+    if start is not None:
+        axes.plot(start, 100, "s", color="black", markersize=9, label="baseline")
+        names.append(("Baseline", start, 100))
+    best = front(rows, lambda row: (better * row[1], row[0]["perplexity_retention"]))
+    for record, x, ends in rows:
+        kept, kept_ends, text = _retention(record, LOWEST)
+        on_front = any(record is row[0] for row in best)
+        look = (ORANGE, "D") if on_front else (BLUE, "o")
+        dot(axes, x, kept, ends, kept_ends, look=look, name="recipe on the front" if on_front else "recipe beaten by another")
+        names.append((label(record) + (f" ({text.split(' [')[0]})" if kept == LOWEST else ""), x, kept))
+    axes.margins(0.1)
+    steps = sorted((x, _retention(record, LOWEST)[0]) for record, x, _ in best)
+    return names, partial(axes.step, *zip(*steps, strict=True), where="pre" if better > 0 else "post")
+
+
+def _shade_targets(axes, targets):
     least, kept = number(targets, "decode_speedup"), number(targets, "perplexity_retention")
-    axes.update_datalim([(least * 1.15, 100 * kept - 1)] if least and kept else [(1, 100)])
-    axes.margins(0.14)
+    if not (least and kept):
+        return
+    axes.update_datalim([(least * 1.15, 100 * kept - 1)])
+    axes.autoscale_view()
     (low, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    if least and kept:
-        name = f"both targets met: at least {least:g}x and {100 * kept:g} %"
-        box = {"facecolor": GREEN, "alpha": 0.2, "hatch": "//", "linewidth": 0, "zorder": 0, "label": name}
-        axes.fill_between([least, right], 100 * kept, top, **box)
-    axes.set(xlim=(low, right), ylim=(bottom, top), ylabel="perplexity retention in % (higher is better)")
-    place_labels(axes, places)
-    notes = [f"Lines through a point are its intervals. The memory target is not shown. {CUT}"]
-    xlabel, drawn = "decode speed-up (higher is better)", [baseline, *records]
-    return finish(axes, consolidated, drawn, "What the speed costs", xlabel, notes)
+    name = f"both targets met: at least {least:g}x and {100 * kept:g} %"
+    box = {"facecolor": GREEN, "alpha": 0.2, "hatch": "//", "linewidth": 0, "zorder": 0, "label": name}
+    axes.fill_between([least, right], 100 * kept, top, **box)
+    axes.set(xlim=(low, right), ylim=(bottom, top))
 
 
 def noise_floor_chart(consolidated, records):
@@ -204,8 +266,12 @@ CHARTS = {
     "memory": (memory, "peak_memory_mb"),
     "model_size": (model_size, "model_size_mb"),
     "quality": (quality, "perplexity"),
-    "speed_vs_quality": (speed_vs_quality, "perplexity_retention"),
+    "pareto": (pareto, "perplexity_retention"),
     "noise_floor": (noise_floor_chart, "decode_tokens_per_s"),
     "decode_speed_by_depth": (depth_speed, "decode_tokens_per_s"),
     "kv_cache_memory": (cache_memory, "kv_cache_mb"),
+}
+OWN_CHARTS = {
+    "equal_bytes": (equal_bytes, "equal_bytes_results.json"),
+    "sensitivity": (sensitivity, "layer_costs_results.json"),
 }

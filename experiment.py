@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import cli
@@ -18,10 +20,14 @@ from store import ResultsFolder
 from worker import Steps
 
 
-def run(recipes: dict[str, Steps], args, *, parser, titles: dict[str, str] | None = None, aa: bool = False) -> int:
+def run(
+    recipes: dict[str, Steps], args, *, parser, titles: dict[str, str] | None = None, aa: bool = False,
+    search: Callable[[Measurement], dict[str, Steps]] | None = None,
+) -> int:  # fmt: skip
     """Measure the baseline and `recipes`, print the table, draw the charts. Returns the exit code: 0, 1 or 130.
 
-    `args` come from `cli.parse`. With `aa`, the baseline is also compared with itself: the run's noise floor.
+    `args` come from `cli.parse`. With `aa`, the baseline is also compared with itself: the run's noise floor. `search` is
+    asked for further recipes once the folder is open and everything is prepared.
     """
     folder = Path(args.results_dir)
     try:
@@ -41,10 +47,13 @@ def run(recipes: dict[str, Steps], args, *, parser, titles: dict[str, str] | Non
     code = 0
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
-            Measurement(
+            measurement = Measurement(
                 args, prepared=prepared, tokenizer=tokenizer, store=store, scratch=Path(scratch), titles=titles or {},
                 repro=repro, bandwidth_gb_per_s=environment["read_bandwidth_gb_per_s"],
-            ).measure_all(recipes, aa=aa)  # fmt: skip
+            )  # fmt: skip
+            if search is not None:
+                recipes = recipes | search(measurement)
+            measurement.measure_all(recipes, aa=aa)
     except KeyboardInterrupt:
         console.print("interrupted: finished results are kept", markup=False)
         code = 130
@@ -104,6 +113,7 @@ def repro(name: str) -> str:
     script = Path(sys.argv[0])
     shown = f"optimizations/{script.name}" if script.parent.name == "optimizations" else script.name
     flags = list(sys.argv[1:])
-    if script.name == "run_optimization.py" and name != BASELINE and not any(flag.startswith("--recipes") for flag in flags):
+    chosen = any(flag.startswith(("--recipes", "--stack")) for flag in flags)
+    if script.name == "run_optimization.py" and name != BASELINE and not chosen:
         flags += ["--recipes", name]
-    return " ".join(["python", shown, *flags])
+    return shlex.join(["python", shown, *flags])

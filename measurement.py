@@ -56,6 +56,7 @@ class Measurement:
                  repro, bandwidth_gb_per_s: float | None):  # fmt: skip
         self.args, self.inputs, self.tokenizer, self.store, self.scratch = args, prepared, tokenizer, store, scratch
         self.titles, self.repro, self.bandwidth_gb_per_s = titles, repro, bandwidth_gb_per_s
+        self.deadline: float | None = None  # by time.time(); a recipe that is not measured by then is recorded as interrupted
         self.reference_file = store.cache / "reference.safetensors"
         self.baseline_side = Side(self._job([]))
         self.baseline: dict = {}
@@ -92,7 +93,7 @@ class Measurement:
         args = self.args
         return Job(
             source=args.source, steps=steps, device=str(args.torch_device), threads=args.threads, workload=args.workload,
-            scratch_dir=str(self.scratch), input_ids=self.inputs.input_ids,
+            scratch_dir=str(self.scratch), input_ids=self.inputs.input_ids, deadline=self.deadline if steps else None,
         )  # fmt: skip
 
     def _record(self, name: str, steps: Steps) -> dict:

@@ -126,7 +126,13 @@ def _code_sha256() -> str:
     files = sorted([*root.glob("*.py"), *root.glob("kernels/*"), *root.glob("optimizations/*.py")])
     digest = hashlib.sha256()
     for file in files:
-        if file.is_file() and file.name not in ("report.py", "charts.py", "chart_parts.py", "axis_charts.py"):
+        if file.is_file() and file.name not in (
+            "report.py",
+            "charts.py",
+            "chart_parts.py",
+            "axis_charts.py",
+            "pruning_charts.py",
+        ):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()[:16]
 

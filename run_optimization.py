@@ -7,12 +7,16 @@ visualizations/*.png into the results folder. A recipe that fails is recorded wi
     python run_optimization.py                              # TinyLlama if it can be had, else the embedded model
     python run_optimization.py --model smollm2-135m --quick
     python run_optimization.py --model tinyllama-random --recipes mixed_precision,int8
+    python run_optimization.py --stack "head_pruning:method=calibrated,prune_ratio=0.1 + int4:max_bits=6 + lean_decode"
+    python run_optimization.py --find --min-retention 0.97 --max-memory-mb 200      # the best stack for this machine
 """
 
 from __future__ import annotations
 
 import cli
 import experiment
+import find
+import stacks
 
 # The experiment on one screen: recipe -> (label, steps in order). Order has a meaning: prune -> precision -> weights -> cache.
 LEAN = ("lean_decode", {})
@@ -40,25 +44,38 @@ CONTRASTS = {"int8_original", "int8_weight_only", "int8_classic", "lean"}
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.build_parser(__doc__)
-    parser.add_argument("--recipes", metavar="A,B,C", 
+    parser.add_argument("--recipes", metavar="A,B,C",
         help=f"all, or some of {', '.join(RECIPES)} (default: all but {', '.join(sorted(CONTRASTS))})")  # fmt: skip
     parser.add_argument("--dtype", choices=["auto", "fp16", "bf16"], default="auto",
         help="half precision of the recipes that use it (default: fp16 on CUDA and MPS, bf16 on CPU)")  # fmt: skip
+    parser.add_argument("--stack", action="append", default=[], metavar="T:OPTION=VALUE,... + T",
+        help="a stack of your own: techniques in order, with options of their apply; may be given several times")  # fmt: skip
+    find.add_flags(parser)
     args = cli.parse(parser, argv)
-    names = chosen(args.recipes)
+    try:
+        names = recipe_names(args)
+        own = {stacks.file_name(text): stacks.parse_stack(text) for text in args.stack}
+        limits = find.check(args)
+    except ValueError as error:
+        cli.fail(parser, error)
+    if args.find:
+        return find.run(args, limits, parser=parser)
+    steps = {name: with_options(RECIPES[name][1], dtype=args.dtype, quick=args.quick) for name in names} | own
+    titles = {name: RECIPES[name][0] for name in names} | {name: stacks.spell(stack) for name, stack in own.items()}
+    return experiment.run(steps, args, parser=parser, titles=titles | {"baseline": "Baseline (fp32)"}, aa=True)
+
+
+def recipe_names(args) -> list[str]:
+    """Those of `--recipes`; without it all but the contrasts, or none where stacks of the user's own are given."""
+    if args.recipes is None:
+        return [] if args.stack else [name for name in RECIPES if name not in CONTRASTS]
+    if args.recipes == "all":
+        return list(RECIPES)
+    names = [name.strip() for name in args.recipes.split(",")]
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
-        cli.fail(parser, ValueError(f"--recipes {unknown[0]!r}: choose from all, {', '.join(RECIPES)}"))
-    steps = {name: with_options(RECIPES[name][1], dtype=args.dtype, quick=args.quick) for name in names}
-    titles = {name: RECIPES[name][0] for name in names} | {"baseline": "Baseline (fp32)"}
-    return experiment.run(steps, args, parser=parser, titles=titles, aa=True)
-
-
-def chosen(recipes: str | None) -> list[str]:
-    """The names that `--recipes` asks for; whether each exists is for the caller to check."""
-    if recipes is None:
-        return [name for name in RECIPES if name not in CONTRASTS]
-    return list(RECIPES) if recipes == "all" else [name.strip() for name in recipes.split(",")]
+        raise ValueError(f"--recipes {unknown[0]!r}: choose from all, {', '.join(RECIPES)}")
+    return names
 
 
 def with_options(steps, *, dtype: str, quick: bool):

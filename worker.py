@@ -45,6 +45,7 @@ class Job:
     workload: Workload
     scratch_dir: str
     input_ids: torch.Tensor = field(repr=False, default=None)
+    deadline: float | None = None  # by time.time(): what is not answered by then is given up
 
 
 class RecipeError(Exception):
@@ -60,6 +61,7 @@ class WorkerProcess:
     """The parent's end. `call("memory")` runs `_Worker.memory` in the process; RecipeError if that fails or dies."""
 
     def __init__(self, job: Job):
+        self._deadline = job.deadline
         context = _start_method(job.device)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, job), daemon=True)
@@ -77,6 +79,9 @@ class WorkerProcess:
     def call(self, command: str, **arguments):
         try:
             self._connection.send((command, arguments))
+            if self._deadline is not None and not self._connection.poll(max(0.0, self._deadline - time.time())):
+                self._process.kill()
+                raise RecipeError("interrupted", f"the time for it was over during {command}")
             outcome = self._connection.recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join(5)

@@ -130,6 +130,71 @@ def test_unknown_recipe(refused, recipes):
     assert "--recipes" in sentence and "kv_cache_int8" in sentence
 
 
+@pytest.mark.parametrize(
+    ("stack", "named"),
+    [
+        ("", "choose from"),
+        ("int3", "int4"),
+        ("int4 + ", "choose from"),
+        ("lean_decode + int4", "order"),
+        ("int4 + int4", "order"),
+        ("int4:bits=6", "max_bits"),
+        ("int4:6", "option=value"),
+        ("int4:max_bits=many", "a number"),
+        ("quantization:group_size=1.5", "whole number"),
+        ("mixed_precision:untie=maybe", "true or false"),
+        ("kv_cache_quant:bits=4", "none at all"),
+        ("int4:max_bits=2", "--max-bits"),
+        ("head_pruning:prune_ratio=0.01 + lean_decode", "no head at all of 8"),
+    ],
+)
+def test_stack_that_cannot_be(refused, stack, named):
+    """What does not exist, and what its technique refuses from the configuration alone."""
+    assert named in refused(["--stack", stack], module="run_optimization")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--find", "--min-retention", "1"],
+        ["--find", "--min-retention", "0"],
+        ["--find", "--min-retention", "nan"],
+        ["--find", "--max-memory-mb", "0"],
+        ["--find", "--max-memory-mb", "-3"],
+        ["--find", "--min-speedup", "0"],
+        ["--find", "--min-speedup", "inf"],
+        ["--find", "--find-minutes", "0"],
+        ["--find", "--recipes", "int8"],
+        ["--find", "--stack", "int4"],
+        ["--find", "--new-tokens", "1"],
+        ["--min-speedup", "2"],
+        ["--find-minutes", "2"],
+    ],
+)
+def test_search_that_cannot_be(refused, arguments):
+    assert arguments[-2] in refused(arguments, module="run_optimization") or arguments[-2] == "--stack"
+
+
+def test_a_search_on_random_weights(refused):
+    assert "random weights" in refused(["--find", "-m", "tinyllama-random"], module="run_optimization")
+
+
+@pytest.mark.parametrize("module", ["pruning_curve", "layer_costs"])
+def test_a_curve_of_random_weights(refused, module):
+    assert "random weights" in refused(["-m", "tinyllama-random"], module=module)
+
+
+def test_unknown_kind_of_pruning(refused):
+    assert "--kinds" in refused(["--kinds", "blocks,neurons"], module="pruning_curve")
+
+
+def test_stacks_stand_beside_recipes_or_alone(started):
+    recipes, _ = started("run_optimization", "--stack", "int4:max_bits=6 + lean_decode", "--stack", "quantization")
+    assert list(recipes.values()) == [[("int4", {"max_bits": 6.0}), ("lean_decode", {})], [("quantization", {})]]
+    recipes, _ = started("run_optimization", "--recipes", "int8", "--stack", "quantization")
+    assert list(recipes) == ["int8", "quantization"]
+
+
 @pytest.mark.parametrize("below", [False, True])
 def test_results_folder_that_cannot_be_written(refused, tmp_path, below):
     """A file stands where the folder or one of its parents should be."""

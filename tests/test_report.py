@@ -216,10 +216,70 @@ def test_a_chart_names_what_it_does_not_show(results):
 def test_labels_of_crowded_points_do_not_touch(results):
     crowd = [record(f"r{n}", f"Recipe number {n}", 7, 1 + n / 200, kept=0.999 - n / 900) for n in range(12)]
     results["results"][1:] = crowd
-    figure = charts.speed_vs_quality(results, crowd)
+    figure = charts.pareto(results, crowd)
     boxes = [chart_parts.Text.get_window_extent(text) for text in figure.axes[0].texts]
     assert len(boxes) == 13
     assert not any(box.count_overlaps(boxes[:place]) for place, box in enumerate(boxes))
+
+
+def test_the_front_of_each_trade_is_marked(results):
+    """Diamonds: in speed the fastest and those that keep more; in size int8 is the smallest."""
+    figure = charts.pareto(results, [r for r in results["results"] if r["status"] == "ok"])
+    fronts = []
+    for axes in figure.axes:
+        diamonds = [line for line in axes.lines if line.get_marker() == "D"]
+        fronts.append({round(float(line.get_xdata()[0]), 3) for line in diamonds})
+    assert fronts == [{3.05, 2.94, 1.47}, {1180, 1240, 2200}]
+    texts = " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
+    assert texts.count("INT8 KV cache") >= 2 and "Imaginary 9000" in " ".join(text.get_text() for text in figure.texts)
+
+
+@pytest.fixture
+def curve(results):
+    """Two kinds of pruning at two shares of the bytes, and one point that failed."""
+    baseline = results["results"][0]
+    points = [baseline]
+    for technique, options, cost in [("head_pruning", {}, 0.4), ("layer_pruning", {"what": "blocks"}, 2.0)]:
+        for share in (0.02, 0.05):
+            kept = 1 - cost * share
+            step = {"technique": technique, "options": options}
+            figures = {"bytes_per_token": baseline["bytes_per_token"] * (1 - share), "perplexity_retention": kept}
+            figures["perplexity_retention_ci"] = [kept - 0.01, kept + 0.01]
+            points.append(record(f"{technique}-{share}", f"{technique} {share}", 6.0) | figures | {"steps": [step]})
+    points.append(record("lost", "9 blocks", "failed", "no memory") | {"steps": []})
+    return {**results, "results": points}
+
+
+def test_equal_bytes_has_a_line_for_each_kind(curve, tmp_path):
+    (tmp_path / "equal_bytes_results.json").write_text(json.dumps(curve))
+    assert [path.stem for path in charts.draw_all_own(tmp_path)] == ["equal_bytes"]
+    assert charts.stale(curve, tmp_path) == []
+    curve["results"][1]["perplexity_retention"] = 0.5
+    (tmp_path / "equal_bytes_results.json").write_text(json.dumps(curve))
+    assert [path.stem for path in charts.stale(curve, tmp_path)] == ["equal_bytes"]
+    axes = charts.equal_bytes(curve).axes[0]
+    lines = {line.get_label(): line.get_xdata() for line in axes.lines if not line.get_label().startswith("_")}
+    assert set(lines) == {"baseline", "query heads, calibrated", "whole blocks"}
+    assert lines["whole blocks"] == pytest.approx([2, 5])
+    texts = " ".join(text.get_text() for text in charts.equal_bytes(curve).texts)
+    assert "9 blocks - failed: no memory" in texts
+    assert charts.equal_bytes({"results": curve["results"][:1]}) is None
+
+
+def test_the_map_of_sensitivity(results, tmp_path):
+    """A cell for each layer and kind, white where nothing was measured; the dearest layer is named."""
+    costs = {"q_proj": [1e-4, 2e-4, None], "down_proj": [3e-3, 1e-5, 0.0]}
+    content = {**results, "results": results["results"][:1], "costs": costs, "lm_head": 0.02, "group_size": 64}
+    figure = charts.sensitivity(content)
+    assert figure.axes[0].images[0].get_array().shape == (2, 3)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["q", "down"]
+    texts = " ".join(text.get_text() for text in figure.texts)
+    assert "0.0030 nats" in texts and "lm_head" in texts and "Imaginary 9000" in texts
+    assert charts.sensitivity(content | {"heads": [1, 2, 3]}).axes[0].images[0].get_array().shape == (3, 3)
+    assert charts.sensitivity(content | {"costs": {}}) is charts.sensitivity(content | {"costs": {"q_proj": [None]}}) is None
+    (tmp_path / "layer_costs_results.json").write_text(json.dumps(content))
+    (tmp_path / "equal_bytes_results.json").write_text("{")
+    assert [path.stem for path in charts.draw_all_own(tmp_path)] == ["sensitivity"]
 
 
 BLOCK = "<!-- results:results -->old<!-- /results:results -->"

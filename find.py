@@ -1,0 +1,278 @@
+"""Finding the best recipe for this machine: `run_optimization.py --find`. What the search knows and decides is in search.py.
+
+First every choice alone, under the lean pass, in a process of its own: loss on a few windows of *calibration* text, bytes,
+memory, a few timed generations. It takes seconds, but for rounding and pruning, which come last and learn from the same text:
+their loss looks a little smaller than it is. Then the few stacks that look best are measured like any recipe, on evaluation
+text and in turns with the baseline; only that decides. find_results.json is written after each step, so that a search
+that was stopped goes on where it was; what `--find-minutes` leaves no time for is named.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import experiment
+import records
+import report
+import search
+import stacks
+from measurement import BASELINE, Measurement, console
+from search import Limits, Single, Stack
+from store import read_json
+from texts import load_text
+from worker import Job, RecipeError, Steps, WorkerProcess
+
+RESULTS = "find_results.json"
+WINDOWS, WINDOW = 8, 256  # tokens of calibration text: 2 048 in all
+TIMED = 4
+SHARE_ALONE = 0.6  # of the time, for choices alone; the rest is for whole stacks
+FLAGS = ("--min-retention", "--max-memory-mb", "--min-speedup", "--find-minutes")
+
+
+def add_flags(parser) -> None:
+    group = parser.add_argument_group("search")
+    group.add_argument("--find", action="store_true", help="find the fastest stack that keeps the limits below")
+    group.add_argument("--min-retention", type=float, metavar="R", help="share of quality to keep (default: 0.97)")
+    group.add_argument("--max-memory-mb", type=float, metavar="MB", help="highest peak memory (default: any)")
+    group.add_argument("--min-speedup", type=float, metavar="S", help="least decode speed-up (default: any)")
+    group.add_argument("--find-minutes", type=float, metavar="M", help="the search ends by then (default: 20)")
+
+
+def check(args) -> Limits:
+    """The limits that the flags set. Raises ValueError naming the flag."""
+    values = {flag: getattr(args, flag.strip("-").replace("-", "_")) for flag in FLAGS}
+    given = {flag: value for flag, value in values.items() if value is not None}
+    if given and not args.find:
+        raise ValueError(f"{min(given)}: belongs to --find")
+    if args.find and (args.recipes is not None or args.stack):
+        raise ValueError("--find: chooses its recipes itself; leave out --recipes and --stack")
+    retention = given.pop("--min-retention", 0.97)
+    if not 0 < retention < 1:
+        raise ValueError(f"--min-retention {retention:g}: choose a number between 0 and 1, e.g. 0.97")
+    for flag, value in given.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{flag} {value:g}: choose a number above 0")
+    if args.find and args.source.random_weights:
+        raise ValueError(f"--find: {args.source.name} has random weights and no quality to keep; choose a real model")
+    if args.find and args.workload.new_tokens < 2:
+        raise ValueError("--new-tokens 1: a search compares decode speed, choose 2 or more")
+    return Limits(retention, given.get("--max-memory-mb"), given.get("--min-speedup"))
+
+
+def run(args, limits: Limits, *, parser) -> int:
+    """Search, measure what looks best, say which recipe it is. Exit codes as of `experiment.run`."""
+    finder = Finder(args, limits)
+    code = experiment.run({}, args, parser=parser, titles={BASELINE: "Baseline (fp32)"}, search=finder.choose_recipes)
+    finder.conclude()
+    return code
+
+
+class Finder:
+    """One search: the choices measured alone so far, and what came of them."""
+
+    def __init__(self, args, limits: Limits):
+        self.args, self.limits = args, limits
+        self.started, self.seconds = time.time(), 60 * (args.find_minutes or 20.0)
+        self.file = Path(args.results_dir) / RESULTS
+        self.state: dict = {}
+        self.picked: dict[str, Steps] = {}
+
+    def choose_recipes(self, measurement: Measurement) -> dict[str, Steps]:
+        """Measure the choices alone, estimate all stacks, and name those to measure, the cheap ones first."""
+        self._resume(measurement.store.consolidated())
+        for number, name in enumerate([BASELINE, *search.BY_EXPENSE], 1):
+            self._try_alone(name, measurement, f"[{number}/{1 + len(search.BY_EXPENSE)}] {name}")
+            if name in (BASELINE, "lean") and self.state["alone"][name]["status"] != "ok":
+                console.print("the search ends here: everything is compared with the baseline and builds on lean", markup=False)
+                return {}
+        estimated = self._estimates(measurement.bandwidth_gb_per_s)
+        chosen = sorted(search.worth_measuring(estimated, self.limits), key=self._minutes_again)
+        self.picked = {stack.name: self._steps(stack.choices) for stack in chosen}
+        self.state["picked"] = list(self.picked)
+        self._save()
+        console.print(f"{len(estimated)} stacks estimated; to be measured: {', '.join(self.picked)}", markup=False)
+        measurement.titles |= {name: " + ".join(name.split("+")) for name in self.picked}
+        measurement.repro = lambda name: command(self.picked.get(name, []))
+        measurement.deadline = self.started + self.seconds
+        return self.picked
+
+    def conclude(self) -> None:
+        """The front, the choice and the command that repeats it: on the terminal and in the file."""
+        try:
+            measured = report.load_results(self.args.results_dir)["results"]
+        except ValueError:
+            return  # stopped before anything was measured
+        found, nearest = search.choose(measured, self.limits)
+        front = search.measured_front(measured)
+        late = [name for name, alone in self.state.get("alone", {}).items() if alone["status"] == "interrupted"]
+        late += [record["name"] for record in measured if record["status"] == "interrupted"]
+        best = found or nearest
+        repeat = best and command([(step["technique"], step["options"]) for step in best["steps"]])
+        sentence = _verdict(found, nearest, self.limits)
+        self.state |= {
+            "front": [record["name"] for record in front], "pick": found and found["name"],
+            "nearest": nearest and nearest["name"], "not_reached": late, "sentence": sentence, "command": repeat,
+        }  # fmt: skip
+        self._save()
+        shown = console if self.args.json else Console(width=None if sys.stdout.isatty() else 130, soft_wrap=True)
+        shown.print(_table(front, {stack["name"]: stack for stack in self.state.get("estimates", [])}))
+        for line in (sentence, f"  {repeat}" if repeat else None):
+            if line:
+                shown.print(line, markup=False, highlight=False)
+        if late:
+            shown.print(f"Not reached in {self.seconds / 60:g} minutes: {', '.join(late)}. The same command goes on from here.")
+
+    def _resume(self, consolidated: dict) -> None:
+        head = {key: consolidated[key] for key in ("environment", "workload", "identity")}
+        earlier = read_json(self.file) or {}
+        kept = earlier.get("alone", {}) if self.args.resume and earlier.get("identity") == head["identity"] else {}
+        kept = {name: alone for name, alone in kept.items() if alone["status"] in ("ok", "unsupported")}
+        limits = {"min_retention": self.limits.min_retention, "max_memory_mb": self.limits.max_memory_mb,
+                  "min_speedup": self.limits.min_speedup}  # fmt: skip
+        self.state = {"schema_version": 1, **head, "limits": limits, "alone": kept}
+
+    def _save(self) -> None:
+        records.save_json(self.file, self.state)
+
+    def _try_alone(self, name: str, measurement: Measurement, where: str) -> None:
+        """Measure one choice unless that is done, impossible, or hopeless; a failure is noted and the search goes on."""
+        reference = measurement.store.cache / "calibration_reference.safetensors"
+        if name in self.state["alone"] and (name != BASELINE or reference.exists()):
+            console.print(f"{where}: measured before", markup=False)
+            return
+        steps = [] if name == BASELINE else self._steps(search.alone(name))
+        milder = search.hopeless(name, self._singles(), self.limits)
+        if milder is not None:
+            entry = {"status": "skipped", "reason": f"{milder} alone loses more than is allowed"}
+        elif self.args.quick and {"head_pruning", "mlp_pruning"} & {technique for technique, _ in steps}:
+            entry = {"status": "skipped", "reason": "takes minutes: left out of a quick search"}
+        else:
+            entry = self._measure_alone(steps, measurement, reference, where)
+        self.state["alone"][name] = entry
+        self._save()
+        console.print(f"{where}: {entry['reason'] or _alone_line(entry)}", markup=False)
+
+    def _measure_alone(self, steps: Steps, measurement: Measurement, reference: Path, where: str) -> dict:
+        args, start = self.args, time.time()
+        job = Job(
+            source=args.source, steps=steps, device=str(args.torch_device), threads=args.threads, workload=args.workload,
+            scratch_dir=str(measurement.scratch), input_ids=measurement.inputs.input_ids,
+            deadline=self.started + SHARE_ALONE * self.seconds if steps else None,
+        )  # fmt: skip
+        try:
+            experiment.check_steps(steps, args.config)
+            with console.status(f"{where}: alone"), WorkerProcess(job) as worker:
+                loaded, memory = worker.call("load"), worker.call("memory")
+                worker.call("block")  # warm-up, discarded
+                # The shortest: other work on the machine can only add.
+                tpot_ms = min(worker.call("block")["tpot_ms"] for _ in range(TIMED))
+                if steps:
+                    quality = worker.call("score_variant", reference_file=str(reference))
+                else:
+                    windows = calibration_windows(measurement.tokenizer, args.config.max_position_embeddings)
+                    quality = worker.call("score_baseline", windows=windows, reference_file=str(reference))
+        except (RecipeError, ValueError) as error:
+            return {"status": getattr(error, "status", "unsupported"), "reason": str(error)}
+        interval = quality["delta_nll_ci"]
+        streamed_mb, bandwidth = loaded["streamed_bytes"] / 1e6, measurement.bandwidth_gb_per_s or float("inf")
+        return {
+            "status": "ok", "reason": None, "seconds": time.time() - start, "apply_s": loaded["apply_s"],
+            "tpot_ms": tpot_ms, "peak_memory_mb": memory["peak_memory_mb"], "loss_ci": interval,
+            "loss": quality["delta_nll"], "loss_low": interval[0] if interval else quality["delta_nll"],
+            "streamed_mb": streamed_mb, "kv_mb": memory["kv_cache_mb"], "weights_mb": loaded["weights_mb"],
+            "rest_mb": memory["peak_memory_mb"] - loaded["weights_mb"],
+            "overhead_ms": tpot_ms - (streamed_mb + memory["kv_cache_mb"]) / bandwidth,
+        }  # fmt: skip
+
+    def _steps(self, choices) -> Steps:
+        """As search.py has them, in the half precision asked for; a quick search rounds to nearest, for GPTQ takes minutes."""
+        changes = {"int4": {"rounding": "nearest"} if self.args.quick else {},
+                   "mixed_precision": {"dtype": self.args.dtype} if self.args.dtype != "auto" else {}}  # fmt: skip
+        return [(technique, options | changes.get(technique, {})) for technique, options in search.steps_of(choices)]
+
+    def _singles(self) -> dict[str, Single]:
+        fields = Single.__dataclass_fields__
+        measured = {name: alone for name, alone in self.state["alone"].items() if alone["status"] == "ok" and name != BASELINE}
+        return {name: Single(**{field: alone[field] for field in fields}) for name, alone in measured.items()}
+
+    def _estimates(self, bandwidth_gb_per_s: float | None) -> list[Stack]:
+        machine = {"baseline_tpot_ms": self.state["alone"][BASELINE]["tpot_ms"],
+                   "bandwidth_gb_per_s": bandwidth_gb_per_s or float("inf")}  # fmt: skip
+        stacks = search.all_stacks(self._singles(), **machine)
+        self.state["estimates"] = [
+            {"name": stack.name, "speedup": stack.speedup, "retention": stack.retention, "memory_mb": stack.memory_mb,
+             "bytes_per_token": stack.megabytes_per_token * 1e6} for stack in stacks
+        ]  # fmt: skip
+        return stacks
+
+    def _minutes_again(self, stack: Stack) -> float:
+        """Seconds of rounding that must be spent anew: what was kept on disk was found on weights that nobody had pruned."""
+        heads, width, weights, _ = stack.choices
+        return (self.state["alone"][weights]["apply_s"] or 0) if weights and (heads or width) else 0
+
+
+def calibration_windows(tokenizer, positions: int) -> torch.Tensor:
+    """A few short windows spread over the calibration text, int64 [8, 256] or what the text and the positions allow."""
+    ids = torch.tensor(tokenizer(load_text("calibration").content, verbose=False).input_ids)
+    rows = ids.unfold(0, min(WINDOW, positions), min(WINDOW, positions))
+    return rows[torch.linspace(0, len(rows) - 1, min(WINDOWS, len(rows))).round().long()]
+
+
+def command(steps: Steps) -> str:
+    """What to type to measure exactly this stack: the flags of this run without the search's, and the stack."""
+    flags, skip = [], False
+    for flag in sys.argv[1:]:
+        name, equals, _ = flag.partition("=")
+        searching = flag == "--find" or (len(name) > 4 and any(known.startswith(name) for known in FLAGS))
+        if not searching and not skip:
+            flags.append(flag)
+        skip = searching and flag != "--find" and not equals
+    return shlex.join(["python", "run_optimization.py", *flags, *(["--stack", stacks.spell(steps)] if steps else [])])
+
+
+def _alone_line(entry: dict) -> str:
+    return (
+        f"loses {entry['loss']:.4f} nats a token, streams {entry['streamed_mb']:.0f} MB and takes {entry['tpot_ms']:.1f} ms "
+        f"for one ({entry['seconds']:.0f} s)"
+    )
+
+
+def _verdict(found: dict | None, nearest: dict | None, limits: Limits) -> str:
+    best = found or nearest
+    if best is None:
+        return "Nothing was measured to the end: the same command goes on from here."
+    low = (best["perplexity_retention_ci"] or [best["perplexity_retention"]])[0]
+    what = (
+        f"{best['name']}: decode {best['speedup']:.2f}x, {best['perplexity_retention']:.2%} of the quality (at least "
+        f"{low:.2%}), peak memory {best['peak_memory_mb']:.0f} MB"
+    )
+    if found:
+        return f"Best recipe for this machine: {what}. It is repeated by"
+    wanted = {"retention": f"retention {limits.min_retention:g}", "memory": f"{limits.max_memory_mb or 0:g} MB",
+              "speed": f"{limits.min_speedup or 0:g}x"}  # fmt: skip
+    missed = " and ".join(f"{wanted[name]} by {share:.1%}" for name, share in search.missed(best, limits).items())
+    return f"No measured recipe keeps the limits. Nearest is {what}: it misses {missed}. It is repeated by"
+
+
+def _table(front: list[dict], estimates: dict[str, dict]) -> Table:
+    table = Table(title="Pareto front: no measured recipe is better in speed, quality and memory at once", title_justify="left")
+    table.add_column("recipe")
+    for column in ("decode speed-up", "retention", "peak MB", "model MB", "estimated"):
+        table.add_column(column, justify="right")
+    for record in front:
+        interval, guess = record["perplexity_retention_ci"], estimates.get(record["name"])
+        kept = f"{record['perplexity_retention']:.2%}" + (f" [{interval[0]:.2%}, {interval[1]:.2%}]" if interval else "")
+        speed = report.times(record["speedup"], record["speedup_ci"])
+        size = "not measured" if record["model_size_mb"] is None else f"{record['model_size_mb']:.0f}"
+        table.add_row(
+            record["name"], speed, kept, f"{record['peak_memory_mb']:.0f}", size,
+            f"{guess['speedup']:.2f}x, {guess['retention']:.2%}" if guess else "",
+        )  # fmt: skip
+    return table

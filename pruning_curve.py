@@ -1,0 +1,158 @@
+"""Which kind of pruning pays: quality against the share of a token's bytes removed, at the same bytes for every kind.
+
+Four kinds are cut to about 2, 4.5 and 9 % of what a decoded token streams: query heads (chosen by calibration, the rest
+refitted), MLP width (likewise), attention sublayers, and whole blocks (chosen one after another, nothing refitted). A sublayer
+or a block is one piece, so theirs is the nearest whole number. Each point is a process of its own that is scored like any
+recipe, on evaluation text, with intervals; speed is not timed here. Writes equal_bytes_results.json after each point, and
+visualizations/equal_bytes.png; a run that was stopped goes on where it was. Calibration takes minutes once per kind, then is
+kept in ~/.cache/tinyllama-optimization.
+
+    python pruning_curve.py --model smollm2-135m
+    python pruning_curve.py --model smollm2-135m --kinds attention,blocks --quick -o /tmp/curve
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import charts
+import cli
+import experiment
+import inputs
+import models
+import records
+from measurement import BASELINE, console
+from store import is_valid, read_json, validate
+from worker import Job, RecipeError, Steps, WorkerProcess
+
+RESULTS = "equal_bytes_results.json"
+SHARES = (0.02, 0.045, 0.09)  # of the weights that a token streams; a quarter of TinyLlama's heads is 4.5 %
+KINDS = ("attention", "blocks", "heads", "width")  # the ones that need no refit first
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 a point failed, 2 bad arguments, 130 interrupted."""
+    parser = cli.build_parser(__doc__)
+    parser.add_argument("--kinds", default=",".join(KINDS), metavar="A,B", help="which kinds (default: %(default)s)")
+    args = cli.parse(parser, argv)
+    try:
+        kinds = [kind.strip() for kind in args.kinds.split(",")]
+        if unknown := set(kinds) - set(KINDS):
+            raise ValueError(f"--kinds {min(unknown)!r}: choose from {', '.join(KINDS)}")
+        if args.source.random_weights:
+            raise ValueError(f"--model {args.source.name}: random weights have no quality to lose; choose a real model")
+        tokenizer = models.load_tokenizer(args.source)
+        prepared = inputs.prepare(tokenizer, args, vocab_size=args.config.vocab_size)
+    except ValueError as error:
+        cli.fail(parser, error)
+    curve = Curve(args, prepared)
+    code = 0
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            curve.measure(plan(args.config, kinds), Path(scratch))
+    except KeyboardInterrupt:
+        console.print("interrupted: finished points are kept", markup=False)
+        code = 130
+    for record in curve.records.values():
+        print(point_line(record, curve.records.get(BASELINE)))
+    charts.draw_all_own(args.results_dir)
+    statuses = {record["status"] for record in curve.records.values()}
+    return code or (1 if statuses & {"failed", "oom"} else 0)
+
+
+def plan(config, kinds) -> dict[str, tuple[str, Steps]]:
+    """Name -> (title, steps) of every point, by the bytes that the configuration tells."""
+    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    head = 2 * hidden * config.head_dim  # its rows of q_proj and columns of o_proj
+    attention = heads * head + config.num_key_value_heads * head
+    mlp = 3 * hidden * config.intermediate_size
+    streamed = layers * (attention + mlp) + config.vocab_size * hidden
+    points: dict[str, tuple[str, Steps]] = {}
+    for kind in kinds:
+        for share in SHARES:
+            going = share * streamed
+            if kind in ("attention", "blocks"):
+                count = max(1, round(going / (attention + (mlp if kind == "blocks" else 0))))
+                name = "attention sublayers" if kind == "attention" else "blocks"
+                points[f"{kind}-{count}"] = (f"{count} {name}", [("layer_pruning", {"what": kind, "count": count})])
+                continue
+            ratio = round(going / (layers * (heads * head if kind == "heads" else mlp)), 3)
+            technique, options = {"heads": ("head_pruning", {"method": "calibrated"}), "width": ("mlp_pruning", {})}[kind]
+            title = f"{ratio:.1%} of the {'heads' if kind == 'heads' else 'MLP width'}"
+            points[f"{kind}-{ratio:g}"] = (title, [(technique, options | {"prune_ratio": ratio})])
+    return points
+
+
+class Curve:
+    """The points measured so far, and the file they are in."""
+
+    def __init__(self, args, prepared: inputs.Inputs):
+        self.args, self.prepared = args, prepared
+        self.file = Path(args.results_dir) / RESULTS
+        environment = records.environment(device=args.torch_device, threads=args.threads)
+        workload, identity = experiment.describe(args, prepared, environment)
+        self.head = {"schema_version": 1, "environment": environment, "workload": workload, "identity": identity}
+        earlier = read_json(self.file) or {}
+        same = args.resume and earlier.get("identity") == identity
+        kept = [record for record in earlier.get("results", []) if same and is_valid(record) and record["status"] == "ok"]
+        self.records = {record["name"]: record for record in kept}
+
+    def measure(self, points: dict[str, tuple[str, Steps]], scratch: Path) -> None:
+        """The baseline, whose answers the others are compared with, then each point that is not there yet."""
+        waiting = {name: point for name, point in points.items() if name not in self.records}
+        if not waiting:
+            return
+        for number, (name, (title, steps)) in enumerate([(BASELINE, ("Baseline (fp32)", [])), *waiting.items()]):
+            with console.status(f"[{number}/{len(waiting)}] {title}"):
+                record = self._measure_point(name, title, steps, scratch)
+            validate(record)
+            self.records[name] = record
+            records.save_json(self.file, self.head | {"results": list(self.records.values())})
+            console.print(f"[{number}/{len(waiting)}] {point_line(record, self.records[BASELINE])}", markup=False)
+            if self.records[BASELINE]["status"] != "ok":
+                return
+
+    def _measure_point(self, name: str, title: str, steps: Steps, scratch: Path) -> dict:
+        args, work, reference = self.args, self.args.workload, str(scratch / "reference.safetensors")
+        record = records.new_record(
+            name=name, title=title, status="ok", model=args.source.name, device=str(args.torch_device), random_weights=False,
+            repro=experiment.repro(name), quality_protocol=self.prepared.quality_protocol,
+            steps=[{"technique": technique, "options": records.resolved(technique, options)} for technique, options in steps],
+        )  # fmt: skip
+        job = Job(
+            source=args.source, steps=steps, device=str(args.torch_device), threads=args.threads, workload=work,
+            scratch_dir=str(scratch), input_ids=self.prepared.input_ids,
+        )  # fmt: skip
+        try:
+            experiment.check_steps(steps, args.config)
+            with WorkerProcess(job) as worker:
+                loaded = dict(worker.call("load"))
+                streamed_bytes = loaded.pop("streamed_bytes")
+                record.update(loaded)
+                record.update(worker.call("memory"))
+                if steps:
+                    quality = worker.call("score_variant", reference_file=reference)
+                else:
+                    quality = worker.call("score_baseline", windows=self.prepared.windows, reference_file=reference)
+        except (RecipeError, ValueError) as error:
+            return record | {"status": getattr(error, "status", "unsupported"), "reason": str(error)}
+        mean_fill = (work.depth + work.prompt_tokens + work.new_tokens / 2) / work.positions
+        record["bytes_per_token"] = streamed_bytes + record["kv_cache_mb"] * 1e6 * mean_fill
+        return record | {key: quality[key] for key in records.QUALITY_KEYS}
+
+
+def point_line(record: dict, baseline: dict | None) -> str:
+    """One point in words."""
+    if record["status"] != "ok":
+        return f"{record['title']}: {record['status']}: {record['reason']}"
+    if not record["steps"]:
+        return f"{record['title']}: perplexity {record['perplexity']:.2f}, {record['bytes_per_token'] / 1e6:.0f} MB a token"
+    gone = 1 - record["bytes_per_token"] / baseline["bytes_per_token"]
+    ends = record["perplexity_retention_ci"]
+    interval = f" [{ends[0]:.2%}, {ends[1]:.2%}]" if ends else ""
+    return f"{record['title']}: {gone:.1%} of the bytes gone, retention {record['perplexity_retention']:.2%}{interval}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

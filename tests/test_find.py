@@ -1,0 +1,156 @@
+"""The search from flags to files: on made-up workers, where every outcome can be had, and once on a tiny model."""
+
+import json
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pipeline_model import QUICK_FLAGS, save_tiny_model
+
+import find
+import run_optimization
+import search
+from benchmark import Workload
+from search import Limits
+from worker import RecipeError
+
+# loss in nats, MB streamed, ms a token
+FIGURES = {
+    "baseline": (0.0, 400, 40), "lean": (0.0, 400, 25), "half": (0.0005, 200, 14), "int8": (0.004, 100, 9),
+    "kv8": (0.001, 400, 25.5), "int4-6bit": (0.02, 75, 8), "int4-5.25bit": (0.04, 65, 7), "int4-4.6bit": (0.09, 55, 6),
+    "width10": (0.012, 370, 23), "heads10": (0.01, 394, 26), "heads25": (0.05, 385, 27),
+}  # fmt: skip
+NAMES = {json.dumps(search.steps_of(search.alone(name))): name for name in search.BY_EXPENSE} | {"[]": "baseline"}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Names of the choices that workers were started for; what a name maps to in `asked.fail` is raised when it loads."""
+    started = SimpleNamespace(names=[], fail={})
+
+    class Worker:
+        def __init__(self, job):
+            self.name = NAMES[json.dumps(job.steps)]
+            started.names.append(self.name)
+            assert self.name == "baseline" or job.deadline > time.time()
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def call(self, command, **arguments):
+            loss, streamed, tpot_ms = FIGURES[self.name]
+            if command == "load" and self.name in started.fail:
+                raise started.fail[self.name]
+            if command == "score_baseline":
+                assert arguments["windows"].shape[1] == find.WINDOW
+                find.Path(arguments["reference_file"]).touch()
+            quality = {"delta_nll": loss, "delta_nll_ci": [loss - 0.0005, loss + 0.0005]}
+            return {
+                "load": {"streamed_bytes": streamed * 1e6, "weights_mb": streamed, "apply_s": 1.0},
+                "memory": {"kv_cache_mb": 2.0, "peak_memory_mb": streamed + 40.0},
+                "block": {"tpot_ms": tpot_ms}, "score_baseline": quality, "score_variant": quality,
+            }[command]  # fmt: skip
+
+    monkeypatch.setattr(find, "WorkerProcess", Worker)
+    monkeypatch.setattr(find.experiment, "check_steps", lambda *_: None)
+    monkeypatch.setattr(find, "load_text", lambda part: SimpleNamespace(content="x" * 5000))
+    return started
+
+
+@pytest.fixture
+def searching(tmp_path):
+    """`searching(min_retention)` runs the first half of a search and returns the finder and what it picked."""
+    config = SimpleNamespace(max_position_embeddings=2048)
+    args = SimpleNamespace(
+        results_dir=str(tmp_path), resume=True, quick=False, dtype="auto", find_minutes=None, config=config, source="tiny",
+        torch_device="cpu", threads=1, workload=Workload(), json=False,
+    )  # fmt: skip
+    identity = {"environment": {}, "workload": {}, "identity": {"code": 1}}
+    store = SimpleNamespace(cache=tmp_path, consolidated=lambda: identity)
+
+    def run(min_retention=0.97, **flags):
+        measurement = SimpleNamespace(
+            store=store, scratch=tmp_path, inputs=SimpleNamespace(input_ids=torch.ones(1, 8)), titles={},
+            bandwidth_gb_per_s=20.0, tokenizer=lambda text, **_: SimpleNamespace(input_ids=list(range(len(text)))),
+        )  # fmt: skip
+        finder = find.Finder(SimpleNamespace(**vars(args) | flags), Limits(min_retention))
+        return finder, finder.choose_recipes(measurement), measurement
+
+    return run
+
+
+def test_choices_are_measured_once_and_the_best_stacks_picked(asked, searching, tmp_path):
+    """The harshest int4 is skipped, for the milder one lost too much alone; the estimate adds and multiplies."""
+    finder, picked, measurement = searching()
+    assert asked.names == ["baseline", *(name for name in search.BY_EXPENSE if name != "int4-4.6bit")]
+    assert "int4-6bit+lean" in picked and len(picked) == 4
+    saved = json.loads((tmp_path / find.RESULTS).read_text())
+    assert saved["alone"]["int4-4.6bit"]["status"] == "skipped" and saved["picked"] == list(picked)
+    best = next(row for row in saved["estimates"] if row["name"] == "int4-6bit+lean")
+    assert best["speedup"] == pytest.approx(5) and best["retention"] == pytest.approx(0.9802, abs=1e-4)
+    assert measurement.deadline == pytest.approx(finder.started + 20 * 60) and set(measurement.titles) == set(picked)
+    assert picked["int4-6bit+lean"] == [("int4", {"max_bits": 6.0}), ("lean_decode", {})]
+
+
+def test_a_stopped_search_goes_on_where_it_was(asked, searching):
+    """What ran out of time is named, and is all that the next search measures; other limits need other choices."""
+    asked.fail = {"heads10": RecipeError("interrupted", "the time for it was over"), "heads25": RecipeError("oom", "killed")}
+    finder, _, _ = searching()
+    assert finder.state["alone"]["heads10"]["status"] == "interrupted"
+    asked.names, asked.fail = [], {}
+    searching()
+    assert asked.names == ["heads10", "heads25"]
+    asked.names = []
+    searching(0.9)
+    assert asked.names == ["int4-4.6bit"]
+    asked.names = []
+    searching(resume=False)
+    assert len(asked.names) == 10
+
+
+def test_without_lean_there_is_nothing_to_build_on(asked, searching):
+    asked.fail = {"lean": RecipeError("failed", "not this model")}
+    assert searching()[1] == {} and asked.names == ["baseline", "lean"]
+
+
+def test_a_quick_search_leaves_out_what_takes_minutes(asked, searching, monkeypatch):
+    nearest = [("int4", {"max_bits": 6.0, "rounding": "nearest"}), ("lean_decode", {})]
+    monkeypatch.setitem(NAMES, json.dumps(nearest), "int4-6bit")
+    monkeypatch.setitem(NAMES, json.dumps([("int4", nearest[0][1] | {"max_bits": 5.25}), nearest[1]]), "int4-5.25bit")
+    _, picked, _ = searching(quick=True)
+    assert not any("heads" in name or "width" in name for name in [*asked.names, *picked])
+    assert picked["int4-6bit+lean"] == nearest
+
+
+def test_the_command_repeats_the_run_without_the_search(monkeypatch):
+    flags = ["--find", "--min-retention", "0.98", "--max-memory=200", "-m", "smollm2-135m", "--find-minutes=5", "--quick"]
+    monkeypatch.setattr(sys, "argv", ["run_optimization.py", *flags])
+    assert find.command([("int4", {"max_bits": 6.0}), ("lean_decode", {})]) == (
+        "python run_optimization.py -m smollm2-135m --quick --stack 'int4:max_bits=6.0 + lean_decode'"
+    )
+
+
+def test_a_whole_search_on_a_tiny_model(tmp_path, monkeypatch, capsys):
+    """From flags to the pick and its command, and once more with limits that nothing keeps; the second run measures nothing."""
+    model = str(save_tiny_model(tmp_path / "model"))
+    monkeypatch.setattr(search, "BY_EXPENSE", ("lean",))  # the whole space takes minutes even here
+    monkeypatch.setattr(search, "AXES", {axis: {"": []} for axis in search.AXES})
+    flags = ["-m", model, "-t", "1", *QUICK_FLAGS, "-o", str(tmp_path / "out"), "--find"]
+    monkeypatch.setattr(sys, "argv", ["run_optimization.py", *flags])
+    assert run_optimization.main([*flags, "--min-retention", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / find.RESULTS).read_text())
+    assert found["pick"] in ("lean", "baseline") and "Best recipe for this machine" in shown
+    assert found["command"] in " ".join(shown.split()) and found["not_reached"] == []
+    assert set(found["alone"]) == {"baseline", "lean"} and found["picked"] == ["lean"]
+    measured = json.loads((tmp_path / "out" / "consolidated_results.json").read_text())["results"]
+    assert {record["name"] for record in measured} == {"baseline", *found["picked"]}
+    assert all("--stack" in record["repro"] for record in measured if record["steps"])
+    monkeypatch.setattr("worker.WorkerProcess.__init__", lambda *_: pytest.fail("measured again"))
+    assert run_optimization.main([*flags, "--min-retention", "0.5", "--min-speedup", "1000"]) == 0
+    assert "No measured recipe keeps the limits. Nearest is" in capsys.readouterr().out
