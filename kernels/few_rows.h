@@ -49,7 +49,7 @@ void share_panels(int64_t panels, int64_t bytes, const Work& work) {
   });
 }
 
-void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t channels, const float* bias, float* y,
+INLINE_BODY void write_rows(const float* from, int64_t from_stride, int64_t rows, int64_t channels, const float* bias, float* y,
                 int64_t n) {
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0; c < channels; ++c) y[r * n + c] = from[r * from_stride + c] + (bias ? bias[c] : 0.f);

@@ -1,7 +1,8 @@
 """Layers for mixed precision: half-precision weights, float32 where sums are taken, casts where the two meet.
 
 On CUDA and MPS `HalfLinear` multiplies in half and hands half on. On a CPU its weights are packed for the kernels, and the
-activations between layers stay float32: half the bytes per decoded token, and matrix units for prefill where there are any.
+activations between layers stay float32: half the bytes per decoded token, and products in bfloat16 for prefill where the
+CPU has an instruction for them (AMX, AVX512-BF16).
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, c
   return multiply_few(active->int4, int8_rows(checked, group), w, bias);
 }
 
-// int8 weights, float32 activations; the matrix units round them to bfloat16.
+// int8 weights, float32 activations. Many rows are rounded to bfloat16 where the CPU multiplies that.
 Tensor int8_weight_only_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, int64_t n, int64_t group,
                                const optional<Tensor>& bias) {
   const Tensor checked = check_x("int8_weight_only_linear", x, n, bias);
@@ -97,7 +97,7 @@ Tensor int8_weight_only_linear(const Tensor& x, const Tensor& packed, const Tens
   return multiply_few(active->weight_only, float_rows(checked, 4), w, bias);
 }
 
-// bfloat16 weights, packed [P, ceil(K/64)*32, 16, 2]; float32 activations, which the matrix units round to bfloat16.
+// bfloat16 weights, packed [P, ceil(K/64)*32, 16, 2]; float32 activations, rounded as above.
 Tensor bf16_linear(const Tensor& x, const Tensor& packed, int64_t n, const optional<Tensor>& bias) {
   const Tensor checked = check_x("bf16_linear", x, n, bias);
   const Weight w = check_weight("bf16_linear", x, packed, n, 2, at::kBFloat16);

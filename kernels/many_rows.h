@@ -62,6 +62,10 @@ const char* ready_panel(Kind kind, const char* panel, const uint16_t* scale, con
   return scratch;
 }
 
+TARGET_AVX512 void write_block(const float* from, int64_t rows, int64_t channels, const float* bias, float* y, int64_t n) {
+  write_rows(from, kPair * kChannels, rows, channels, bias, y, n);
+}
+
 Tensor multiply_many(Kind kind, const Tensor& x, const Weight& w, const optional<Tensor>& bias) {
   const ManyRows& many = active->many;
   const bool integers = kind == Kind::kInt8 || kind == Kind::kInt4;
@@ -105,8 +109,8 @@ Tensor multiply_many(Kind kind, const Tensor& x, const Weight& w, const optional
           b.start = start.const_data_ptr<int32_t>() + row * groups;
         }
         (integers ? many.int8 : many.bf16)(b);
-        write_rows(result, kPair * kChannels, b.rows, std::min<int64_t>(kPair * kChannels, w.n - first),
-                   bias_data ? bias_data + first : nullptr, y + row * w.n + first, w.n);
+        write_block(result, b.rows, std::min<int64_t>(kPair * kChannels, w.n - first),
+                    bias_data ? bias_data + first : nullptr, y + row * w.n + first, w.n);
       }
     }
     if (many.leave) many.leave();

@@ -118,9 +118,36 @@ def test_few_rows_and_many_take_the_same_sums(kernels):
         assert_close(together, alone[: len(together)], 1e-6)
 
 
+@pytest.mark.parametrize("group", [32, 64, 1000])
+@pytest.mark.parametrize("m", [17, 25, 31, 47, 101])
+def test_blocks_of_rows_leave_nothing_out(kernels, m, group):
+    """Rows that fill no block, a panel without a partner, a last group of 40 or 8 inputs; one bad row spoils no other."""
+    x, weight, scale, bias, size = make(m, 40, 1000, group)
+    codes, low, minimum = int4.quantize_int4(weight.float() / 100, size)
+    nibbles = packing.pack_nibble_panels(codes), pack_scales(low), pack_scales(minimum)
+    x[m - 2, 3] = float("nan")
+    good = torch.arange(m) != m - 2
+    products = {
+        "int8": (kernels.int8_linear(x, pack_panels(weight), pack_scales(scale), 40, size, bias), 1e-5),
+        "int4": (kernels.int4_linear(x, *nibbles, 40, size, bias), 2e-5),
+        "weight_only": (kernels.int8_weight_only_linear(x, pack_panels(weight), pack_scales(scale), 40, size, bias), None),
+        "bf16": (kernels.bf16_linear(x, pack_panels(weight.bfloat16()), 40, bias), None),
+    }
+    expected = {
+        "int8": int8.int8_linear_reference(x, weight, scale, size, bias),
+        "int4": int4.int4_linear_reference(x, codes, low, minimum, size, bias),
+        "weight_only": int8.int8_weight_only_reference(x, weight, scale, size, bias),
+        "bf16": int8.bf16_linear_reference(x, weight.bfloat16(), bias),
+    }
+    for name, (product, tolerance) in products.items():
+        assert product[m - 2].isnan().all(), name
+        assert_close(product[good], expected[name][good], tolerance or float_tolerance(m))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-def test_result_does_not_depend_on_threads(kernels, threads):
-    x, weight, scale, bias, group = make(9, 449, 1000, 64)
+@pytest.mark.parametrize("m", [9, 70])
+def test_result_does_not_depend_on_threads(kernels, m, threads):
+    x, weight, scale, bias, group = make(m, 449, 1000, 64)
     packed, scale, half = pack_panels(weight), pack_scales(scale), pack_panels(weight.bfloat16())
     before = torch.get_num_threads()
     expected = kernels.int8_linear(x, packed, scale, 449, group, bias), kernels.bf16_linear(x, half, 449)
