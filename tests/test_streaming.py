@@ -100,9 +100,7 @@ def test_only_techniques_that_ask_get_unread_weights(tiny_folder, monkeypatch):
     assert seen == [False, True]
 
 
-@pytest.mark.parametrize(
-    "steps", [[], [("head_pruning", {}), ("quantization", {})], [("quantization", {}), ("lean_decode", {})]]
-)
+@pytest.mark.parametrize("steps", [[], ["head_pruning", "quantization"], ["quantization", "lean_decode"]])
 def test_recipes_end_with_everything_read(steps, tiny_folder, tmp_path):
     """Whatever comes first: a worker's model has its numbers, and no step meets another's unread weights."""
     worker = _Worker(job(find_model(str(tiny_folder)), tmp_path, [(technique, {}) for technique in steps]))
@@ -115,7 +113,7 @@ def test_random_rows_can_be_read_in_any_order(tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "BLOCK_WEIGHTS", 1)
     unread, table = (load_model(source, read=read).lm_head.weight for read in (False, True))
     assert torch.equal(unread.read(48, 80), table[48:80]) and not torch.equal(table[0:16], table[16:32])
-    assert abs(table.std() / 0.15 - 1) < 0.05 and abs(table.mean()) < 0.01
+    assert abs(table.std() / 0.02 - 1) < 0.05 and abs(table.mean()) < 0.001
 
 
 def test_shards_are_found(tmp_path, ids):
