@@ -13,7 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-BLOCK_WEIGHTS = 1 << 18  # 1 MB in float32: what rounding makes of a block on the way stays in the cache, and is soon reused
+BLOCK_WEIGHTS = (
+    1 << 17
+)  # half a MB in float32: what rounding makes of a block on the way stays in the cache, and is soon reused
 PANEL_ROWS = 16  # a multiple of what kernels/packing.py lays side by side, so that blocks can be packed one by one
 
 # name -> shape and `read(first, last)`, which gives rows first to last - 1 as float32 on the CPU; first begins a block
