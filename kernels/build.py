@@ -28,7 +28,8 @@ def load_kernels() -> str | None:
 
     Returns:
         None when the kernels are ready, else one sentence with the reason. Never raises. The answer is remembered for
-        this process, except that TINYOPT_NO_KERNELS=1 is obeyed at every call.
+        this process, except that TINYOPT_NO_KERNELS=1 is obeyed at every call. With TINYOPT_SANITIZE=1 they are compiled
+        to end the process at the first access out of bounds or undefined operation (`make sanitize`).
     """
     if os.environ.get("TINYOPT_NO_KERNELS") == "1":
         return "C++ kernels are switched off by TINYOPT_NO_KERNELS=1"
@@ -71,6 +72,8 @@ def _compiler() -> str:
 def _flags() -> list[str]:
     abi = int(torch.compiled_with_cxx11_abi())
     flags = ["-O3", "-std=c++20", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
+    if os.environ.get("TINYOPT_SANITIZE") == "1":
+        flags += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     if sys.platform == "darwin":  # Apple's clang ships no OpenMP: the kernels then run in the calling thread
         return [*flags, "-undefined", "dynamic_lookup"]
     # The OpenMP runtime resolves to the one torch has loaded, so that both share one pool of threads.
