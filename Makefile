@@ -1,12 +1,13 @@
 # make run    set up, then the whole pipeline on the embedded default; results under results/
 # make test   set up, then lint and the test suite
+# make sanitize   the C++ kernels compiled with address and undefined-behaviour sanitisers, under their tests (Linux, g++)
 # ARGS="..."  more flags for either: make run ARGS="--quick", make test ARGS="-k quality"
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.requirements
 
-.PHONY: run test setup lint
+.PHONY: run test sanitize setup lint
 
 setup: $(STAMP)
 
@@ -26,3 +27,9 @@ lint: setup
 
 test: setup lint
 	$(BIN)/python -m pytest $(ARGS)
+
+# The interpreter itself is not instrumented: the sanitisers' libraries are loaded before it, and what it leaks is not looked for.
+SANITIZERS = $(shell for name in asan ubsan; do $(or $(CXX),g++) -print-file-name=lib$$name.so; done)
+sanitize: setup
+	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TINYOPT_SANITIZE=1 \
+		$(BIN)/python -m pytest tests/test_kernels.py tests/test_lean.py $(ARGS)

@@ -15,7 +15,7 @@ NEW_TOKENS, PAIRS = 48, 3
 
 
 def measure(model, prompts: dict[str, list[list[int]]], *, new_tokens: int = NEW_TOKENS, pairs: int = PAIRS) -> dict | None:
-    """What `kind_of_text` says of each kind of prompts (token ids); None without prompts, or or a model without drafts."""
+    """What `kind_of_text` says of each kind of prompts (token ids); None without prompts or where none are drafted."""
     if benchmark.decode_steps(model) is benchmark.greedy_steps or not prompts:
         return None
     return {kind: kind_of_text(model, rows, new_tokens=new_tokens, pairs=pairs) for kind, rows in prompts.items()}

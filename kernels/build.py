@@ -1,7 +1,7 @@
 """Compiles the C++ kernels on first use, and says in one sentence why they are missing where they cannot be had.
 
-The library is one compiler call, written next to its final name and renamed into place: two processes that build at
-once both succeed, and a killed build leaves neither a lock nor half a library behind.
+The library is written next to its final name and renamed into place: two processes that build at once both succeed,
+and a killed build leaves neither a lock nor half a library behind.
 """
 
 import hashlib
@@ -28,7 +28,8 @@ def load_kernels() -> str | None:
 
     Returns:
         None when the kernels are ready, else one sentence with the reason. Never raises. The answer is remembered for
-        this process, except that TINYOPT_NO_KERNELS=1 is obeyed at every call.
+        this process, except that TINYOPT_NO_KERNELS=1 is obeyed at every call. With TINYOPT_SANITIZE=1 they are compiled
+        to end the process at the first access out of bounds or undefined operation (`make sanitize`).
     """
     if os.environ.get("TINYOPT_NO_KERNELS") == "1":
         return "C++ kernels are switched off by TINYOPT_NO_KERNELS=1"
@@ -72,6 +73,8 @@ def _compiler() -> str:
 def _flags() -> list[str]:
     abi = int(torch.compiled_with_cxx11_abi())
     flags = ["-O3", "-std=c++20", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}"]
+    if os.environ.get("TINYOPT_SANITIZE") == "1":
+        flags += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     if sys.platform == "darwin":  # Apple's clang ships no OpenMP: the kernels then run in the calling thread
         return [*flags, "-undefined", "dynamic_lookup"]
     # The OpenMP runtime resolves to the one torch has loaded, so that both share one pool of threads.
@@ -94,17 +97,31 @@ def _compile(library: Path) -> None:
     from torch.utils import cpp_extension
 
     library.parent.mkdir(parents=True, exist_ok=True)
-    print("compiling kernels/*.cpp (once, under a minute) ...", file=sys.stderr, flush=True)
+    print("compiling kernels/*.cpp (once, half a minute) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="tinyopt_build_") as folder:
         built = Path(folder) / library.name
-        command = [_compiler(), *_flags(), *map(str, SOURCES), "-o", str(built)]
-        command += [f"-I{path}" for path in cpp_extension.include_paths()]
-        command += [f"-L{path}" for path in cpp_extension.library_paths()] + ["-ltorch_cpu", "-lc10"]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=COMPILE_TIMEOUT_S)
-        if result.returncode != 0:
-            lines = result.stderr.strip().splitlines() or [f"exit status {result.returncode}"]
-            raise RuntimeError("compile error: " + next((line for line in lines if "error" in line), lines[0]))
+        includes = [f"-I{path}" for path in cpp_extension.include_paths()]
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in SOURCES]
+        compiler = [_compiler(), *_flags()]
+        _run_all([[*compiler, "-c", *includes, str(source), "-o", to] for source, to in zip(SOURCES, objects, strict=True)])
+        libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+        _run_all([[*compiler, *objects, "-o", str(built), *libraries, "-ltorch_cpu", "-lc10"]])
         built.replace(library)
+
+
+def _run_all(commands: list[list[str]]) -> None:
+    """All at once; RuntimeError with the first line that says what is wrong."""
+    running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for command in commands]
+    try:
+        for process in running:
+            _, errors = process.communicate(timeout=COMPILE_TIMEOUT_S)
+            if process.returncode != 0:
+                lines = errors.strip().splitlines() or [f"exit status {process.returncode}"]
+                raise RuntimeError("compile error: " + next((line for line in lines if "error" in line), lines[0]))
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 def _register_fakes() -> None:
@@ -125,6 +142,27 @@ def _register_fakes() -> None:
     @torch.library.register_fake("tinyopt::bf16_linear")
     def _(x, packed, N, bias=None):
         return x.new_empty((x.shape[0], N), dtype=torch.float32)
+
+    @torch.library.register_fake("tinyopt::add_rms_norm")
+    def _(residual, update, weight, eps):
+        return torch.empty_like(residual)
+
+    @torch.library.register_fake("tinyopt::silu_mul")
+    def _(gate_up):
+        return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+
+    @torch.library.register_fake("tinyopt::rope_append")
+    def _(qkv, cos, sin, keys, values, key_scale, value_scale, past):
+        head_dim, kv_heads = keys.shape[-1], keys.shape[1]
+        return qkv.new_empty((*qkv.shape[:2], qkv.shape[-1] // head_dim - 2 * kv_heads, head_dim))
+
+    @torch.library.register_fake("tinyopt::attend")
+    def _(q, keys, values, key_scale, value_scale, length, scaling, kv_of_head=None):
+        return q.new_empty((*q.shape[:2], q.shape[2] * q.shape[3]))
+
+    @torch.library.register_fake("tinyopt::decoder_layer")
+    def _(*_):
+        return None
 
 
 def _self_check() -> str | None:

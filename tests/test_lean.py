@@ -239,3 +239,20 @@ def test_fused_weights_are_views():
     assert isinstance(attention.q_proj, Int8Linear)
     storages = {attention.get_submodule(name).weight.untyped_storage().data_ptr() for name in ("q_proj", "k_proj", "v_proj")}
     assert len(storages) == 1
+
+
+def test_operators_keep_their_schemas_and_their_shapes_without_data():
+    """What torch.compile relies on: only arguments marked as mutated change, and a fake run gives the real run's shapes."""
+    if reason := load_kernels():
+        pytest.skip(reason)
+    ops, heads, kv_heads, d = torch.ops.tinyopt, 6, 2, 8
+    keys = torch.zeros(2, kv_heads, 12, d)
+    angles = torch.rand(12, d // 2)
+    calls = {
+        ops.add_rms_norm: (torch.randn(2, 3, 48), torch.randn(2, 3, 48), torch.ones(48), 1e-5),
+        ops.silu_mul: (torch.randn(2, 3, 48),),
+        ops.rope_append: (torch.randn(2, 3, (heads + 2 * kv_heads) * d), angles, angles, keys, keys.clone(), None, None, 4),
+        ops.attend: (torch.randn(2, 3, heads, d), keys, keys.clone(), None, None, 7, 0.3),
+    }
+    for operator, arguments in calls.items():
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))

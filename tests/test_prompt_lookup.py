@@ -94,7 +94,7 @@ def test_drafts_equal_those_of_a_slow_search():
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_output_is_that_of_plain_decoding(recipe, ids, kernels):
-    """Token for token, in fewer passes; both through generate and where it is timed, at depth too."""
+    """Token for token, whatever was drafted; both through generate and where it is timed, at depth too."""
     model = lean_decode.apply(RECIPES[recipe](make_tiny()))
     prompt = ids[:1].repeat(1, 2)
     expected = generate_ids(model, prompt, max_new_tokens=80)
@@ -105,7 +105,22 @@ def test_output_is_that_of_plain_decoding(recipe, ids, kernels):
         timing = time_generation(model, prompt, new_tokens=new_tokens, depth=11)
         plain = time_generation(model, prompt, new_tokens=new_tokens, depth=11, steps=greedy_steps)
         assert torch.equal(timing.tokens, plain.tokens) and timing.tokens.shape == (1, new_tokens)
-    assert timing.passes < plain.passes == 79 and plain.drafted == 0 < timing.drafted
+    assert timing.passes <= plain.passes == 79 and plain.drafted == 0 < timing.drafted
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_right_drafts_are_accepted_as_far_as_they_are_right(recipe, ids, kernels, monkeypatch):
+    """Five right tokens and a wrong one: six tokens a pass, the last of them the model's own."""
+    model = apply(lean_decode.apply(RECIPES[recipe](make_tiny())))
+    expected = time_generation(model, ids[:1], new_tokens=61, steps=greedy_steps).tokens
+
+    def foresee(history, *, limit, ngram):
+        right = expected[0, len(history) - 24 :][:5].tolist()
+        return [*right, 0 if expected[0, len(history) - 19] else 1, 5, 5][:limit] if limit > 5 else right[:limit]
+
+    monkeypatch.setattr(prompt_lookup, "find_draft", foresee)
+    timing = time_generation(model, ids[:1], new_tokens=61)
+    assert torch.equal(timing.tokens, expected) and timing.passes == 10 and timing.drafted == 9 * 8 + 5
 
 
 def test_rejected_drafts_leave_no_trace(ids, kernels, monkeypatch):
@@ -122,7 +137,7 @@ def test_generation_ends_where_transformers_ends_it(ids):
     plain = generate_ids(model, ids[:1], max_new_tokens=60)[0, 24:].tolist()
     model = apply(model)
     for end in dict.fromkeys(plain):
-        model.generation_config.eos_token_id = [end, 0]
+        model.generation_config.eos_token_id = [end, 1000]
         new = generate_ids(model, ids[:1], max_new_tokens=60)[0, 24:].tolist()
         assert new == plain[: plain.index(end) + 1]
 

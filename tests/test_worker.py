@@ -32,7 +32,7 @@ def job(source, tmp_path: Path, steps=()):
 
 def test_a_waiting_worker_uses_no_cpu(source, tmp_path):
     """Two workers take turns on the same cores: one that waits must not spin. Also: what a worker answers."""
-    with WorkerProcess(job(source, tmp_path)) as worker:
+    with WorkerProcess(job(source, tmp_path, [("prompt_lookup", {})])) as worker:
         loaded = worker.call("load")
         assert loaded["parameters"] == sum(p.numel() for p in models.load_model(source).parameters())
         assert worker.call("size") == pytest.approx(loaded["weights_mb"], rel=0.05)
@@ -40,6 +40,7 @@ def test_a_waiting_worker_uses_no_cpu(source, tmp_path):
         assert set(rates) == {"ttft_ms", "prefill_tokens_per_s", "tpot_ms", "decode_tokens_per_s"}
         deep = worker.call("point", depth=20, batch_size=3)
         assert deep["kv_cache_mb"] == pytest.approx(2 * 2 * 2 * 16 * 4 * 3 * (20 + 8 + 4 - 1) / 1e6)
+        assert worker.call("speculation", prompts={"free": [[1, 2, 3]]})["free"]["tokens_per_pass"] >= 1
         process = psutil.Process(worker.pid)
         time.sleep(0.5)  # OpenMP's threads spin for a moment after their last loop
         before = sum(process.cpu_times()[:2])
