@@ -193,7 +193,8 @@ class Finder:
 
     def _steps(self, choices) -> Steps:
         """As search.py has them, in the half precision asked for; a quick search rounds to nearest, for GPTQ takes minutes."""
-        changes = {"int4": {"rounding": "nearest"} if self.args.quick else {},
+        changes = {"quantization": {} if self.args.torch_device.type == "cpu" else {"scheme": "auto"},
+                   "int4": {"rounding": "nearest"} if self.args.quick else {},
                    "mixed_precision": {"dtype": self.args.dtype} if self.args.dtype != "auto" else {}}  # fmt: skip
         return [(technique, options | changes.get(technique, {})) for technique, options in search.steps_of(choices)]
 

@@ -17,6 +17,9 @@ KINDS = {
 }
 
 
+LOWEST = 70  # % of retention: what lies below would squeeze the kinds that keep something
+
+
 def equal_bytes(content):
     """Retention against the share of a token's bytes removed, one line a kind of pruning; None without a point."""
     baseline = baseline_of(content)
@@ -38,14 +41,24 @@ def equal_bytes(content):
     for place, (kind, points) in enumerate(lines.items()):
         gone, kept, ends = zip(*sorted(points), strict=True)
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-        axes.plot([0, *gone], [100, *kept], color=colour, linewidth=1.5)
-        axes.plot(gone, kept, marker, color=colour, markeredgecolor="black", markersize=8, label=kind)
+        shown = [max(each, LOWEST) for each in kept]
+        axes.plot([0, *gone], [100, *shown], color=colour, linewidth=1.5)
+        for x, each in zip(gone, kept, strict=True):
+            if each < LOWEST:
+                axes.annotate(
+                    f"{each:.0f} %", (x, LOWEST), (0, -9), textcoords="offset points", ha="center", va="top", fontsize=9
+                )
+        axes.plot(gone, shown, marker, color=colour, markeredgecolor="black", markersize=8, label=kind)
         for x, pair in zip(gone, ends, strict=True):
             if pair:
-                axes.plot([x, x], pair, color=colour, linewidth=3, alpha=0.6)
+                axes.plot([x, x], [max(end, LOWEST) for end in pair], color=colour, linewidth=3, alpha=0.6)
     axes.set_ylabel("perplexity retention in % (higher is better)")
     axes.set_xlim(left=-0.3)
-    notes = ["Vertical lines are intervals of the retention. Retention = perplexity of the baseline / perplexity."]
+    axes.margins(y=0.08)
+    notes = [
+        "Vertical lines are intervals of the retention. Retention = perplexity of the baseline / perplexity.",
+        f"Retention below {LOWEST} % is drawn at {LOWEST} %, with the figure below it.",
+    ]
     if perplexity:
         notes.append(f"The baseline's perplexity is {amount(perplexity, 2)}; it streams {amount(dense / 1e6)} MB a token.")
     xlabel = "share of the bytes a decoded token streams that was removed, in %"

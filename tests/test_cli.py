@@ -20,7 +20,13 @@ from benchmark import Workload
 
 ROOT = Path(cli.__file__).parent
 TECHNIQUES = sorted(path.stem for path in (ROOT / "optimizations").glob("*.py") if path.stem != "__init__")
-SCRIPTS = ["baseline.py", "run_optimization.py", *(f"optimizations/{name}.py" for name in TECHNIQUES)]
+SCRIPTS = [
+    "baseline.py",
+    "run_optimization.py",
+    "pruning_curve.py",
+    "layer_costs.py",
+    *(f"optimizations/{name}.py" for name in TECHNIQUES),
+]
 MODULES = [f"optimizations.{name}" for name in TECHNIQUES]
 
 

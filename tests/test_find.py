@@ -68,7 +68,7 @@ def searching(tmp_path):
     config = SimpleNamespace(max_position_embeddings=2048)
     args = SimpleNamespace(
         results_dir=str(tmp_path), resume=True, quick=False, dtype="auto", find_minutes=None, config=config, source="tiny",
-        torch_device="cpu", threads=1, workload=Workload(), json=False,
+        torch_device=torch.device("cpu"), threads=1, workload=Workload(), json=False,
     )  # fmt: skip
     identity = {"environment": {}, "workload": {}, "identity": {"code": 1}}
     store = SimpleNamespace(cache=tmp_path, consolidated=lambda: identity)
