@@ -39,13 +39,19 @@ struct Rows {
 };
 
 // Calls `work(first, last)` for all panels in torch's own threads. A thread takes its next share when it is done with one:
-// halves that are dealt out beforehand wait for the slower thread, product after product.
+// halves that are dealt out beforehand wait for the slower thread, product after product. Shares shrink towards the end: a
+// long run of panels comes faster from memory than many short ones, and short ones finish together.
 template <class Work>
 void share_panels(int64_t panels, int64_t bytes, const Work& work) {
-  const int64_t threads = bytes < kWorthAThread ? 1 : at::get_num_threads(), share = std::max<int64_t>(1, panels / threads / 32);
+  const int64_t threads = bytes < kWorthAThread ? 1 : at::get_num_threads();
   std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    for (int64_t first; (first = next.fetch_add(share)) < panels;) work(first, std::min(first + share, panels));
+    for (int64_t first = next; first < panels;) {
+      const int64_t last = first + std::max<int64_t>(1, (panels - first) / threads / 4);
+      if (!next.compare_exchange_weak(first, last)) continue;  // another thread was first: `first` is what is next now
+      work(first, last);
+      first = next;
+    }
   });
 }
 
