@@ -123,7 +123,7 @@ class Finder:
         self._save()
         shown = console if self.args.json else Console(width=None if sys.stdout.isatty() else 130, soft_wrap=True)
         shown.print(_table(front, {stack["name"]: stack for stack in self.state.get("estimates", [])}))
-        for line in (sentence, f"  {repeat}" if repeat else None):
+        for line in (sentence, f"Repeat it with: {repeat}" if repeat else None):
             if line:
                 shown.print(line, markup=False, highlight=False)
         if late:
@@ -255,11 +255,11 @@ def _verdict(found: dict | None, nearest: dict | None, limits: Limits) -> str:
         f"{low:.2%}), peak memory {best['peak_memory_mb']:.0f} MB"
     )
     if found:
-        return f"Best recipe for this machine: {what}. It is repeated by"
+        return f"Best recipe for this machine: {what}."
     wanted = {"retention": f"retention {limits.min_retention:g}", "memory": f"{limits.max_memory_mb or 0:g} MB",
               "speed": f"{limits.min_speedup or 0:g}x"}  # fmt: skip
     missed = " and ".join(f"{wanted[name]} by {share:.1%}" for name, share in search.missed(best, limits).items())
-    return f"No measured recipe keeps the limits. Nearest is {what}: it misses {missed}. It is repeated by"
+    return f"No measured recipe keeps the limits. Nearest is {what}: it misses {missed}."
 
 
 def _table(front: list[dict], estimates: dict[str, dict]) -> Table:

@@ -24,6 +24,7 @@ import models
 import records
 import texts
 from kernels import pruning_costs
+from kernels.calibration_cache import show_progress
 from kernels.int4 import dequantize_int4, quantize_int4
 from kernels.sensitivity import loss_increases
 from measurement import console
@@ -49,9 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with console.status("loading"):
             model = models.load_model(args.source, device=args.torch_device)
-        with console.status("rounding each layer: one pass forwards and backwards"):
-            ids = calibration.calibration_ids(model, tokens=TOKENS)
-            costs = rounding_costs(model, ids)
+        ids = calibration.calibration_ids(model, tokens=TOKENS)
+        costs = rounding_costs(model, ids)
         heads = head_costs(model) if args.heads else None
     except KeyboardInterrupt:
         console.print("interrupted: nothing was written", markup=False)
@@ -72,7 +72,13 @@ def rounding_costs(model, ids) -> dict[str, float]:
         weight = linears[name].weight.data
         return dequantize_int4(*quantize_int4(weight, GROUP_SIZE, search=False), GROUP_SIZE) - weight
 
-    return loss_increases(model, ids, {name: functools.partial(change, name) for name in linears})
+    changes = {name: functools.partial(change, name) for name in linears}
+    totals = dict.fromkeys(linears, 0.0)
+    for number, window in enumerate(ids, 1):  # one at a time, so that there is progress to show
+        for name, cost in loss_increases(model, window[None], changes).items():
+            totals[name] += cost / len(ids)
+        show_progress("rounding, window", number, len(ids))
+    return totals
 
 
 def head_costs(model) -> list[float]:
