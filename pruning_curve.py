@@ -130,7 +130,9 @@ class Curve:
                 loaded = dict(worker.call("load"))
                 streamed_bytes = loaded.pop("streamed_bytes")
                 record.update(loaded)
-                record.update(worker.call("memory"))
+                memory = worker.call("memory")
+                memory.pop("tokens_per_pass")  # nothing is drafted here
+                record.update(memory)
                 if steps:
                     quality = worker.call("score_variant", reference_file=reference)
                 else:

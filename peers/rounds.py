@@ -89,11 +89,13 @@ class Comparison:
             else:
                 streamed_bytes = loaded.pop("streamed_bytes")
                 record.update(loaded)
-            record.update(process.call("memory"))
+            memory = process.call("memory")
+            tokens_per_pass = memory.pop("tokens_per_pass", 1.0)
+            record.update(memory)
             if name not in PEERS:
                 work = self.args.workload
                 mean_fill = (work.prompt_tokens + work.new_tokens / 2) / work.positions
-                record["bytes_per_token"] = streamed_bytes + record["kv_cache_mb"] * 1e6 * mean_fill
+                record["bytes_per_token"] = (streamed_bytes + record["kv_cache_mb"] * 1e6 * mean_fill) / tokens_per_pass
             process.call("block")
 
     def _process(self, name: str):
