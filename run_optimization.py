@@ -37,15 +37,19 @@ RECIPES = {
     "int8+lean+lookup": ("Int8 + lean + prompt lookup", [("quantization", {"scheme": "grouped"}), LEAN, ("prompt_lookup", {})]),
     "int8+kv8+lean": ("Int8 + int8 KV + lean", [("quantization", {"scheme": "grouped"}), ("kv_cache_quant", {}), LEAN]),
     "int4+lean": ("Int4 + lean", [("int4", {}), LEAN]),
+    "int4x6+lean": ("Int4 and int8, 6 bits + lean", [("int4", {"max_bits": 6.0}), LEAN]),
 }
-# Measured only where asked for, by name or with `--recipes all`: they show why the others are as they are, or take long.
-CONTRASTS = {"int8_original", "int8_weight_only", "int8_classic", "lean"}
+# Measured only where asked for, by name or with `--recipes all`: they show why the others are as they are, or (GPTQ, smoothing)
+# calibrate for minutes.
+ASKED_FOR = {
+    "int8_dynamic", "int8_original", "int8_weight_only", "int8_classic", "lean", "int8+kv8+lean", "int4+lean", "int4x6+lean",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = cli.build_parser(__doc__)
     parser.add_argument("--recipes", metavar="A,B,C",
-        help=f"all, or some of {', '.join(RECIPES)} (default: all but {', '.join(sorted(CONTRASTS))})")  # fmt: skip
+        help=f"all, or some of {', '.join(RECIPES)} (default: all but {', '.join(sorted(ASKED_FOR))})")  # fmt: skip
     parser.add_argument("--dtype", choices=["auto", "fp16", "bf16"], default="auto",
         help="half precision of the recipes that use it (default: fp16 on CUDA and MPS, bf16 on CPU)")  # fmt: skip
     parser.add_argument("--stack", action="append", default=[], metavar="T:OPTION=VALUE,... + T",
@@ -66,9 +70,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def recipe_names(args) -> list[str]:
-    """Those of `--recipes`; without it all but the contrasts, or none where stacks of the user's own are given."""
+    """Those of `--recipes`; without it those that need not be asked for, or none where stacks of the user's own are given."""
     if args.recipes is None:
-        return [] if args.stack else [name for name in RECIPES if name not in CONTRASTS]
+        return [] if args.stack else [name for name in RECIPES if name not in ASKED_FOR]
     if args.recipes == "all":
         return list(RECIPES)
     names = [name.strip() for name in args.recipes.split(",")]
@@ -80,7 +84,7 @@ def recipe_names(args) -> list[str]:
 
 def with_options(steps, *, dtype: str, quick: bool):
     """The same steps, mixed precision in `dtype`; in a quick run int4 is rounded to nearest, for GPTQ takes minutes."""
-    changes = {"mixed_precision": {"dtype": dtype}, "int4": {"rounding": "nearest", "int8_layers": "none"} if quick else {}}
+    changes = {"mixed_precision": {"dtype": dtype}, "int4": {"rounding": "nearest"} if quick else {}}
     return [(technique, options | changes.get(technique, {})) for technique, options in steps]
 
 

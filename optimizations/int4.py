@@ -88,8 +88,11 @@ def apply(
         options = {"group_size": group_size, "damping": damping, "correction": correction}
         key, forms = _gptq_forms(model, ids, tied=tied, int8=upgraded, **options)
         if tune_steps:
-            forms, norms = _tuned_forms(model, forms, key, tied=tied, group_size=group_size, steps=tune_steps)
-            notes.append(f"scales, minimums and norms tuned in {tune_steps} steps")
+            rounded = forms
+            forms, norms = _tuned_forms(model, rounded, key, tied=tied, group_size=group_size, steps=tune_steps)
+            learnt = any(not torch.equal(forms[name][1].float(), rounded[name][1].float()) for name in forms)
+            outcome = "scales, minimums and norms learnt" if learnt else "nothing kept, held-out text did not gain"
+            notes.append(f"tuned for {tune_steps} steps: {outcome}")
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
         if name in upgraded:
