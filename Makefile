@@ -29,7 +29,8 @@ test: setup lint
 	$(BIN)/python -m pytest $(ARGS)
 
 # The interpreter itself is not instrumented: the sanitisers' libraries are loaded before it, and what it leaks is not looked for.
+# Classic is left out: torch's own product, whose rounding is upset by sums in another order.
 SANITIZERS = $(shell for name in asan ubsan; do $(or $(CXX),g++) -print-file-name=lib$$name.so; done)
 sanitize: setup
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TINYOPT_SANITIZE=1 \
-		$(BIN)/python -m pytest tests/test_kernels.py tests/test_lean.py $(ARGS)
+		$(BIN)/python -m pytest tests/test_kernels.py tests/test_lean.py -k "not classic" $(ARGS)
