@@ -57,6 +57,11 @@ class Workload:
         """How many positions of the model the longest sequence uses."""
         return self.depth + self.prompt_tokens + self.new_tokens
 
+    @property
+    def mean_fill(self) -> float:
+        """The share of the final KV cache that a decoded token reads on average."""
+        return (self.depth + self.prompt_tokens + self.new_tokens / 2) / self.positions
+
 
 @dataclass(frozen=True)
 class Timing:

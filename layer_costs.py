@@ -25,7 +25,7 @@ import records
 import texts
 from kernels import pruning_costs
 from kernels.calibration_cache import show_progress
-from kernels.int4 import dequantize_int4, quantize_int4
+from kernels.int4 import nearest_change
 from kernels.sensitivity import loss_increases
 from measurement import console
 
@@ -67,12 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 def rounding_costs(model, ids) -> dict[str, float]:
     """Increase of the mean loss, nats per token, for each linear layer by name; ids int64 [windows, tokens]."""
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-
-    def change(name: str):
-        weight = linears[name].weight.data
-        return dequantize_int4(*quantize_int4(weight, GROUP_SIZE, search=False), GROUP_SIZE) - weight
-
-    changes = {name: functools.partial(change, name) for name in linears}
+    changes = {name: functools.partial(nearest_change, module.weight.data, GROUP_SIZE) for name, module in linears.items()}
     totals = dict.fromkeys(linears, 0.0)
     for number, window in enumerate(ids, 1):  # one at a time, so that there is progress to show
         for name, cost in loss_increases(model, window[None], changes).items():

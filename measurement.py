@@ -177,9 +177,8 @@ class Measurement:
         record.update(memory)
         with console.status(f"{record['name']}: size on disk"):
             record["model_size_mb"] = side.call("size")
-        work = self.args.workload
-        mean_fill = (work.depth + work.prompt_tokens + work.new_tokens / 2) / work.positions
-        record["bytes_per_token"] = (streamed_bytes + record["kv_cache_mb"] * 1e6 * mean_fill) / tokens_per_pass
+        read_bytes = streamed_bytes + record["kv_cache_mb"] * 1e6 * self.args.workload.mean_fill
+        record["bytes_per_token"] = read_bytes / tokens_per_pass
 
     def _make_room(self, record: dict, side: Side) -> None:
         """Where memory cannot hold both models, each is loaded in its turn: slow, but still interleaved."""

@@ -8,7 +8,7 @@ visualizations/equal_bytes.png; a run that was stopped goes on where it was. Cal
 kept in ~/.cache/tinyllama-optimization.
 
     python pruning_curve.py --model smollm2-135m
-    python pruning_curve.py --model smollm2-135m --kinds attention,blocks --quick -o /tmp/curve
+    python pruning_curve.py --model smollm2-135m --kinds attention,blocks --quick
 """
 
 from __future__ import annotations
@@ -139,8 +139,7 @@ class Curve:
                     quality = worker.call("score_baseline", windows=self.prepared.windows, reference_file=reference)
         except (RecipeError, ValueError) as error:
             return record | {"status": getattr(error, "status", "unsupported"), "reason": str(error)}
-        mean_fill = (work.depth + work.prompt_tokens + work.new_tokens / 2) / work.positions
-        record["bytes_per_token"] = streamed_bytes + record["kv_cache_mb"] * 1e6 * mean_fill
+        record["bytes_per_token"] = streamed_bytes + record["kv_cache_mb"] * 1e6 * work.mean_fill
         return record | {key: quality[key] for key in records.QUALITY_KEYS}
 
 

@@ -55,6 +55,11 @@ def round_to_levels(values: torch.Tensor, scale: torch.Tensor, minimum: torch.Te
     return (values - minimum.float().unsqueeze(-1)).div_(steps).round_().clamp_(0, LEVELS)
 
 
+def nearest_change(weight: torch.Tensor, group_size: int) -> torch.Tensor:
+    """W' - W, float32 [N, K]: what rounding to nearest, without a search for better grids, does to a weight."""
+    return dequantize_int4(*quantize_int4(weight, group_size, search=False), group_size) - weight
+
+
 def dequantize_int4(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, group_size: int) -> torch.Tensor:
     """Undoes quantize_int4: codes uint8 [..., K], scale and minimum bfloat16 [..., G] -> float32 [..., K]."""
     missing = -codes.shape[-1] % group_size

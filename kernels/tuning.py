@@ -160,8 +160,7 @@ def tune(
         tied: lm_head is the input embedding as well.
     """
     dtype = torch.bfloat16 if has_half_arithmetic(model.device, torch.bfloat16)[0] else torch.float32
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        teacher = Teacher(model, ids)
+    teacher = Teacher(model, ids)
     norms = {name: parameter for name, parameter in model.named_parameters() if name.endswith("norm.weight")}
     exact = {name: norm.detach().clone() for name, norm in norms.items()}
     originals = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}

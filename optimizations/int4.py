@@ -37,12 +37,12 @@ from torch import nn
 
 import calibration
 import cli
-from devices import has_half_arithmetic
+from devices import fast_products
 from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.blockwise import STAGES, round_blockwise
 from kernels.form_cache import cache_key, load_costs, load_forms, save_costs, save_forms
-from kernels.int4 import GROUP_SIZES, dequantize_int4, quantize_int4
+from kernels.int4 import GROUP_SIZES, nearest_change
 from kernels.int4_modules import Int4Linear, Int4Table
 from kernels.int8_modules import Int8Linear, Int8Table
 from kernels.modules import is_tied, replace_linears
@@ -194,16 +194,11 @@ def _measured_costs(model, candidates: dict, *, group_size: int, tied: bool) -> 
     if (known := load_costs(key)) is not None:
         return known
 
-    def change(name: str) -> torch.Tensor:
-        weight = candidates[name].weight.data
-        return dequantize_int4(*quantize_int4(weight, group_size, search=False), group_size) - weight
-
-    changes = {name: functools.partial(change, name) for name in candidates}
+    changes = {name: functools.partial(nearest_change, module.weight.data, group_size) for name, module in candidates.items()}
     if tied:
         changes[TABLE] = changes["lm_head"]
     print("int4: measuring which layers need int8", file=sys.stderr, flush=True)
-    half = has_half_arithmetic(model.device, torch.bfloat16)[0]
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+    with fast_products(model.device):
         costs = loss_increases(model, ids, changes)
     if tied:
         costs["lm_head"] += costs.pop(TABLE)

@@ -93,9 +93,8 @@ class Comparison:
             tokens_per_pass = memory.pop("tokens_per_pass", 1.0)
             record.update(memory)
             if name not in PEERS:
-                work = self.args.workload
-                mean_fill = (work.prompt_tokens + work.new_tokens / 2) / work.positions
-                record["bytes_per_token"] = (streamed_bytes + record["kv_cache_mb"] * 1e6 * mean_fill) / tokens_per_pass
+                read_bytes = streamed_bytes + record["kv_cache_mb"] * 1e6 * self.args.workload.mean_fill
+                record["bytes_per_token"] = read_bytes / tokens_per_pass
             process.call("block")
 
     def _process(self, name: str):
