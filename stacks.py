@@ -17,9 +17,9 @@ from records import technique_module
 
 Steps = list[tuple[str, dict]]
 
-# What may follow what: prune -> precision or quantised weights -> KV cache -> the lean pass.
+# What may follow what: prune -> precision or quantised weights -> KV cache -> the lean pass -> drafts checked by it.
 ORDER = ("head_pruning", "mlp_pruning", "layer_pruning", "smoothing", "mixed_precision", "quantization", "int4",
-         "kv_cache_quant", "lean_decode")  # fmt: skip
+         "kv_cache_quant", "lean_decode", "prompt_lookup")  # fmt: skip
 LONGEST_NAME = 120  # characters; a file is named after a stack
 
 

@@ -1,7 +1,8 @@
-"""What calibration found out about one model, kept on disk: rankings as JSON, refitted weights as safetensors.
+"""What calibration found out about one model, kept on disk: costs as JSON, codes and refitted weights as safetensors.
 
 A folder belongs to one state of the weights, one calibration text and one set of options, all in its name as a hash, and
 to the code that computed it. Files appear whole or not at all, so that an interrupted run goes on where it ended.
+Deleting any of it costs nothing but time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-ROOT = Path("~/.cache/tinyllama-optimization/calibration")
+ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tinyllama-optimization" / "calibration"
 CODE = ("refit.py", "pruning_costs.py", "compensation.py")  # a change of the maths is a change of the result
 
 
@@ -28,12 +29,13 @@ class CalibrationCache:
 
     @classmethod
     def of(cls, model, windows: torch.Tensor, *, code: tuple[str, ...] = CODE, **options) -> CalibrationCache:
-        """The cache of these weights, these calibration windows, the files `code` and these options (what JSON can hold)."""
+        """The cache of these weights, whatever was done to them before, these calibration windows, the files `code` beside
+        this one, and these options (what JSON can hold)."""
         digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
         digest.update(windows.cpu().numpy().tobytes())
         for name, parameter in model.named_parameters():
-            some = parameter.detach().flatten()[:: max(1, parameter.numel() // 4096)].float().cpu()
-            digest.update(f"{name}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         for file in code:
             digest.update((Path(__file__).parent / file).read_bytes())
         return cls(ROOT.expanduser() / digest.hexdigest()[:24])
@@ -48,10 +50,10 @@ class CalibrationCache:
     def save_json(self, name: str, value) -> None:
         self._write(f"{name}.json", lambda path: path.write_text(json.dumps(value), encoding="utf-8"))
 
-    def tensors(self, name: str) -> dict[str, torch.Tensor] | None:
-        """The tensors saved under `name`, on the CPU, or None."""
+    def tensors(self, name: str, device: torch.device | str = "cpu") -> dict[str, torch.Tensor] | None:
+        """The tensors saved under `name`, or None."""
         try:
-            return load_file(self.folder / f"{name}.safetensors")
+            return load_file(self.folder / f"{name}.safetensors", device=str(device))
         except (OSError, SafetensorError):
             return None
 

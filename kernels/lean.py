@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from devices import trim_heap
 from kernels.fusing import fuse
 from kernels.int8 import kernels_run
 from kernels.kv_cache import RoomyCache
@@ -27,7 +28,10 @@ class LeanForward:
         cos, sin = rotary(torch.empty(0, device=model.device), positions)
         half = cos.shape[-1] // 2  # both halves of a head turn by the same angles
         self.cos, self.sin = cos[0, :, :half].float().contiguous(), sin[0, :, :half].float().contiguous()
-        self.layers = [_Layer(layer) for layer in model.model.layers]
+        self.layers = []
+        for layer in model.model.layers:
+            self.layers.append(_Layer(layer))
+            trim_heap()  # joined products are new tensors; else what they replace stays resident, layer after layer
         self.final_norm = _norm_weight(model.model.norm)
 
     @property

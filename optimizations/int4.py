@@ -41,8 +41,8 @@ from devices import fast_products
 from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.blockwise import STAGES, round_blockwise
-from kernels.form_cache import cache_key, load_costs, load_forms, save_costs, save_forms
-from kernels.int4 import GROUP_SIZES, nearest_change
+from kernels.calibration_cache import CalibrationCache
+from kernels.int4 import GROUP_SIZES, nearest_change, pack_nibbles, unpack_nibbles
 from kernels.int4_modules import Int4Linear, Int4Table
 from kernels.int8_modules import Int8Linear, Int8Table
 from kernels.modules import is_tied, replace_linears
@@ -52,6 +52,7 @@ from streaming import read_weights, streams
 
 TABLE = "model.embed_tokens"
 SENSITIVITY_TOKENS = 2048
+ROUNDING_CODE = ("gptq.py", "blockwise.py", "int4.py")  # a change of the maths is a change of the codes
 
 
 @streams
@@ -86,10 +87,10 @@ def apply(
     if rounding == "gptq":
         ids = calibration.calibration_ids(model, tokens=calibration_tokens)
         options = {"group_size": group_size, "damping": damping, "correction": correction}
-        key, forms = _gptq_forms(model, ids, tied=tied, int8=upgraded, **options)
+        cache, forms = _gptq_forms(model, ids, tied=tied, int8=upgraded, **options)
         if tune_steps:
             rounded = forms
-            forms, norms = _tuned_forms(model, rounded, key, tied=tied, group_size=group_size, steps=tune_steps)
+            forms, norms = _tuned_forms(model, rounded, cache, tied=tied, group_size=group_size, steps=tune_steps)
             learnt = any(not torch.equal(forms[name][1].float(), rounded[name][1].float()) for name in forms)
             outcome = "scales, minimums and norms learnt" if learnt else "nothing kept, held-out text did not gain"
             notes.append(f"tuned for {tune_steps} steps: {outcome}")
@@ -146,27 +147,49 @@ def effective_bits(model) -> float:
     return 8 * sum(stored.values()) / weights
 
 
-def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, int8: list[str], **options) -> tuple[str, dict]:
-    """The key of the result in the cache, and codes, scale and minimum by layer name; read where they were found before."""
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    key = cache_key(model, ids, int8=sorted(int8), **options)
-    known = load_forms(key, {name: linear.weight.shape for name, linear in linears.items() if name not in int8}, model.device)
-    if known is not None:
-        return key, known[0]
-    forms = round_blockwise(model, ids, tied=tied, int8=int8, **options)
-    save_forms(key, forms)
-    return key, forms
+def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, int8: list[str], **options) -> tuple[CalibrationCache, dict]:
+    """Codes, scale and minimum by layer name, from the cache if found before; and that cache."""
+    cache = CalibrationCache.of(model, ids, code=ROUNDING_CODE, int8=sorted(int8), **options)
+    forms, _ = _cached_forms(cache, "gptq", model)
+    if forms is None:
+        forms = round_blockwise(model, ids, tied=tied, int8=int8, **options)
+        _save_forms(cache, "gptq", forms)
+    return cache, forms
 
 
-def _tuned_forms(model, forms: dict, rounding: str, *, tied: bool, group_size: int, steps: int) -> tuple[dict, dict]:
-    """Like `forms`, from the rounding of that key, but tuned; and weights of norms by name."""
+def _tuned_forms(model, forms: dict, cache: CalibrationCache, *, tied: bool, group_size: int, steps: int) -> tuple[dict, dict]:
+    """Like `forms`, which `cache` holds, but tuned; and weights of norms by name."""
     ids = calibration.calibration_ids(model, tokens=(steps + HELD_OUT_MOST) * 512)
-    key = cache_key(model, ids, rounding=rounding, steps=steps)
-    known = load_forms(key, {name: form[0].shape for name, form in forms.items()}, model.device)
-    if known is None:
-        known = tune(model, ids, forms, group_size=group_size, steps=steps, tied=tied)
-        save_forms(key, *known)
-    return known
+    tuned_cache = CalibrationCache.of(model, ids, code=("tuning.py",), rounding=cache.folder.name, steps=steps)
+    tuned, norms = _cached_forms(tuned_cache, "tuned", model)
+    if tuned is None:
+        tuned, norms = tune(model, ids, forms, group_size=group_size, steps=steps, tied=tied)
+        _save_forms(tuned_cache, "tuned", tuned, norms)
+    return tuned, norms
+
+
+def _save_forms(cache: CalibrationCache, name: str, forms: dict, norms: dict | None = None) -> None:
+    tensors = dict(norms or {})
+    for layer, (codes, scale, minimum) in forms.items():
+        tensors |= {f"{layer}.codes": pack_nibbles(codes), f"{layer}.scale": scale, f"{layer}.minimum": minimum}
+    cache.save_tensors(name, tensors)
+
+
+def _cached_forms(cache: CalibrationCache, name: str, model) -> tuple[dict | None, dict]:
+    """What `_save_forms` stored, on the model's device; (None, {}) where there is nothing."""
+    tensors = cache.tensors(name, model.device)
+    if tensors is None:
+        return None, {}
+    layers = [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]
+    forms = {
+        layer: (
+            unpack_nibbles(tensors[f"{layer}.codes"], model.get_submodule(layer).in_features),
+            tensors[f"{layer}.scale"],
+            tensors[f"{layer}.minimum"],
+        )
+        for layer in layers
+    }
+    return forms, {key: tensor for key, tensor in tensors.items() if key.endswith("norm.weight")}
 
 
 def _int8_names(model, linears: dict, int8_layers: str, *, max_bits: float, group_size: int) -> list[str]:
@@ -190,8 +213,8 @@ def _int8_names(model, linears: dict, int8_layers: str, *, max_bits: float, grou
 def _measured_costs(model, candidates: dict, *, group_size: int, tied: bool) -> dict[str, float]:
     """What rounding each layer alone to nearest costs, in nats per token; from the cache if measured before."""
     ids = calibration.calibration_ids(model, tokens=SENSITIVITY_TOKENS)
-    key = cache_key(model, ids, group_size=group_size)
-    if (known := load_costs(key)) is not None:
+    cache = CalibrationCache.of(model, ids, code=("sensitivity.py", "int4.py"), group_size=group_size)
+    if (known := cache.json("costs")) is not None:
         return known
 
     changes = {name: functools.partial(nearest_change, module.weight.data, group_size) for name, module in candidates.items()}
@@ -202,7 +225,7 @@ def _measured_costs(model, candidates: dict, *, group_size: int, tied: bool) -> 
         costs = loss_increases(model, ids, changes)
     if tied:
         costs["lm_head"] += costs.pop(TABLE)
-    save_costs(key, costs)
+    cache.save_json("costs", costs)
     return costs
 
 

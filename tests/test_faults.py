@@ -34,8 +34,14 @@ def start(model: Path, recipes: dict, results: Path, *flags: str) -> subprocess.
     command = [sys.executable, "tests/pipeline_model.py", str(model), json.dumps(recipes), "-o", str(results), *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TINYOPT_NO_KERNELS": "1"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=_deliver_interrupts,
+    )  # fmt: skip
+
+
+def _deliver_interrupts() -> None:
+    """What runs in the background of a shell ignores SIGINT, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def run(model: Path, recipes: dict, results: Path, *flags: str) -> tuple[int, str]:

@@ -12,7 +12,7 @@ import benchmark
 import calibration
 import cli
 import kernels.blockwise
-from kernels import form_cache
+from kernels import calibration_cache
 from kernels.blockwise import corrected
 from kernels.int4_modules import Int4Linear
 from kernels.int8_modules import Int8Linear
@@ -26,7 +26,7 @@ CALIBRATION = torch.randint(1, 97, (4, 64), generator=torch.Generator().manual_s
 @pytest.fixture(autouse=True)
 def calibrated(monkeypatch, tmp_path):
     """A cache of its own, and random ids for text."""
-    monkeypatch.setattr(form_cache, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(calibration_cache, "ROOT", tmp_path / "cache")
     monkeypatch.setattr(calibration, "calibration_ids", lambda model, **_: CALIBRATION)
 
 
@@ -177,7 +177,7 @@ def test_the_second_run_reads_what_the_first_wrote(monkeypatch, ids):
     monkeypatch.setattr(int4, "tune", None)
     assert torch.equal(logits_of(int4.apply(tiny(), max_bits=6), ids), logits_of(first, ids))
     assert torch.equal(logits_of(int4.apply(tiny(), max_bits=6, tune_steps=0), ids), logits_of(untuned, ids))
-    files = list(form_cache.cache_folder().glob("*.safetensors"))
+    files = list(calibration_cache.ROOT.glob("*/*.safetensors"))
     assert len(files) == 2  # rounded; rounded and tuned
     for file in files:
         file.write_bytes(file.read_bytes()[:1000])
@@ -191,7 +191,7 @@ def test_random_weights_are_rounded_to_nearest_and_say_so(monkeypatch):
     monkeypatch.setattr(int4, "round_blockwise", None)
     model = int4.apply(tiny(random_weights=True), max_bits=6)
     assert "random weights" in model.notes[-1] and "lm_head" in kinds(model, Int8Linear)
-    assert not form_cache.cache_folder().exists()
+    assert not calibration_cache.ROOT.exists()
 
 
 def test_works_after_smoothing_and_pruning(ids):

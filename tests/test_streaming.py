@@ -15,7 +15,7 @@ import calibration
 import models
 import streaming
 from inference import Inference
-from kernels import form_cache
+from kernels import calibration_cache
 from models import find_model, load_model
 from optimizations import int4, mixed_precision, quantization
 from streaming import UnreadWeight, read_weights, streams, takes_unread
@@ -48,7 +48,7 @@ def source_of(kind, tied, tmp_path, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def calibrated(monkeypatch, tmp_path):
-    monkeypatch.setattr(form_cache, "cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr(calibration_cache, "ROOT", tmp_path / "cache")
     for module in (calibration, quantization):
         monkeypatch.setattr(module, "calibration_ids", lambda model, **_: CALIBRATION)
 
