@@ -79,6 +79,8 @@ class LeanForward:
                 q = rope_append(
                     _product(layer.qkv, inputs), self.cos, self.sin, stored, kv_heads=layer.kv_heads, head_dim=layer.head_dim
                 )
+                if last and layer is self.layers[-1]:  # of other tokens, the last layer's keys and values are all that is read
+                    q, residual = q[:, -last:].contiguous(), residual[:, -last:].contiguous()
                 update = layer.o_proj(attend(q, stored, scaling=layer.scaling, kv_of_head=layer.kv_of_head)).float()
             inputs = add_rms_norm(residual, update, layer.mlp_norm, self.eps)
             update = layer.down_proj(silu_mul(_product(layer.gate_up, inputs))).float()

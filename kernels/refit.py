@@ -13,8 +13,6 @@ al. 2023, https://arxiv.org/abs/2302.04089). G changes what goes, never the refi
 
 from __future__ import annotations
 
-import heapq
-
 import torch
 
 DAMPINGS = (1.0, 0.1, 0.03, 0.01, 1e-3)  # tried in this order, until the held-out error rises
@@ -76,33 +74,6 @@ def _removal_costs(w: torch.Tensor, felt: torch.Tensor, inverse: torch.Tensor, g
     by_group = w.T.reshape(count, group, -1)
     squares = felt.T.reshape(count, group, -1) @ by_group.transpose(1, 2)
     return (squares * torch.linalg.inv(blocks)).sum(dim=(1, 2))
-
-
-def allocate(costs: list[list[float]], total: int) -> list[int]:
-    """How many steps each layer takes, `total` together, by the cheapest next step; `costs[layer][k]` is after k + 1 steps.
-
-    A step whose successor is cheaper per step is judged together with it (the lower convex hull), so that a layer is
-    not kept whole because its first step alone looks dear. ValueError if the layers have fewer steps than `total`.
-    """
-    if total > sum(map(len, costs)):
-        raise ValueError(f"{total} removals asked for, {sum(map(len, costs))} are possible")
-    taken = [0] * len(costs)
-    queue = [(*_next_stretch(curve, 0), layer) for layer, curve in enumerate(costs) if curve]
-    heapq.heapify(queue)
-    left = total
-    while left:
-        _, stretch, layer = heapq.heappop(queue)
-        taken[layer] += min(stretch, left)
-        left -= min(stretch, left)
-        if taken[layer] < len(costs[layer]):
-            heapq.heappush(queue, (*_next_stretch(costs[layer], taken[layer]), layer))
-    return taken
-
-
-def _next_stretch(curve: list[float], taken: int) -> tuple[float, int]:
-    """The cheapest mean cost per step of the next steps, and how many they are."""
-    here = curve[taken - 1] if taken else 0.0
-    return min(((curve[k] - here) / (k + 1 - taken), k + 1 - taken) for k in range(taken, len(curve)))
 
 
 class Regression:

@@ -3,9 +3,10 @@
 Idea    Many heads matter little (Michel et al. 2019). Which ones, `--method` says:
         l2          those whose columns of o_proj have the smallest L2 norm, the same share of every layer
         energy      those that write least on calibration text: mean square of what passes o_proj
-        calibrated  those whose loss the others can best make up for (second moments of o_proj's inputs), as many from each
-                    layer as its measured KL divergence allows; then o_proj and down_proj are refitted in closed form,
-                    layer after layer, towards the dense model's residual stream (kernels/pruning_costs.py, compensation.py)
+        calibrated  those whose loss the others can best make up for (second moments of o_proj's inputs), one after another
+                    from the layer where the model, as pruned by then, feels it least; then o_proj and down_proj are
+                    refitted in closed form, layer after layer, towards the dense model's residual stream
+                    (kernels/pruning_costs.py, allocation.py, compensation.py)
         `--heal-minutes` then trains the layers that remain towards the dense model's answers (kernels/healing.py).
 Helps   By the bytes that are gone, no more: 25 % of the query heads are 4.5 % of what TinyLlama streams per token, so
         decode gains at most 1.047x. `--mode mask`, the original's zeroing, removes nothing and gains nothing.
@@ -33,11 +34,11 @@ import calibration
 import cli
 from inference import Inference
 from kernels import healing, pruning_costs
+from kernels.allocation import cached_allocation
 from kernels.attention import use_grouped_heads
 from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.compensation import refit_in_order
 from kernels.modules import cut_linear
-from kernels.refit import allocate
 
 METHODS = ("l2", "energy", "calibrated")
 EVENNESS_TOLERANCE = 0.05
@@ -116,7 +117,7 @@ def _remove_calibrated(model, prune_ratio: float, mode: str) -> int:
     count = _calibrated_count(heads, len(attentions), prune_ratio)
     windows = calibration.refit_windows(model)
     rankings = pruning_costs.cached_rankings(model, windows, part="attention", group=head_dim, at_once=1, steps=heads - 1)
-    counts = allocate([ranking.costs for ranking in rankings], count)
+    counts = cached_allocation(model, windows, rankings, count, part="attention", group=head_dim)
 
     def cut(index: int) -> dict[str, torch.Tensor]:
         gone, attention = rankings[index].removed(counts[index]), attentions[index]

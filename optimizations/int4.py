@@ -70,6 +70,8 @@ def apply(
         model.config, group_size=group_size, rounding=rounding, int8_layers=int8_layers, max_bits=max_bits,
         damping=damping, correction=correction, calibration_tokens=calibration_tokens, tune_steps=tune_steps,
     )  # fmt: skip
+    if not all(hasattr(layer, "self_attn") for layer in model.model.layers):
+        raise ValueError("some layers have no attention any more: int4 wants all of it, apply it without layer_pruning")
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     expected = 1 + len(model.model.layers) * sum(len(stage) for stage in STAGES)
     if len(linears) != expected:

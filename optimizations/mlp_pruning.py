@@ -2,8 +2,8 @@
 
 Idea    An MLP is a sum over channels, down_i * (silu(gate_i x) * up_i x); its channels are correlated, so some can be rebuilt
         from the rest. They are chosen by the second moments of down_proj's inputs (what a refit cannot recover) weighed by
-        how much the model's answer feels it, as many from each layer as its measured KL divergence allows. Rows of
-        gate_proj and up_proj and columns of down_proj go; then o_proj and down_proj are refitted in closed form, layer
+        how much the model's answer feels it, and go from the layer where the model, as pruned by then, feels it least. Rows
+        of gate_proj and up_proj and columns of down_proj go; then o_proj and down_proj are refitted in closed form, layer
         after layer, towards the dense model's residual stream (kernels/compensation.py).
         `--heal-minutes` then trains the layers that remain towards the dense model's answers (kernels/healing.py).
 Helps   Where the bytes are: the MLP is 74 % of what TinyLlama streams per token, so a tenth of its width allows 1.08x in
@@ -27,10 +27,10 @@ import calibration
 import cli
 from inference import Inference
 from kernels import healing, pruning_costs
+from kernels.allocation import cached_allocation
 from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.compensation import refit_in_order
 from kernels.modules import cut_linear
-from kernels.refit import allocate
 
 PANEL = 16  # channels that go together
 MOST = 0.75  # of a layer's width
@@ -55,7 +55,7 @@ def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0):
     teacher = healing.Teacher(model, windows) if heal_minutes else None
     steps = int(MOST * width) // PANEL
     rankings = pruning_costs.cached_rankings(model, windows, part="mlp", group=1, at_once=PANEL, steps=steps)
-    counts = allocate([ranking.costs for ranking in rankings], panels)
+    counts = cached_allocation(model, windows, rankings, panels, part="mlp", group=1)
 
     def cut(index: int) -> dict[str, torch.Tensor]:
         gone = set(rankings[index].removed(counts[index]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels.pruning_costs import corrected, refitted_without
-from kernels.refit import SELECTION_DAMPING, Regression, allocate, damped, eliminate, fit_ridge, ridge
+from kernels.refit import SELECTION_DAMPING, Regression, damped, eliminate, fit_ridge, ridge
 
 
 def activations(tokens=400, width=24, seed=0):
@@ -80,17 +80,6 @@ def test_damping_is_chosen_on_held_out_tokens():
     assert chosen is None or chosen >= 0.1
     same, chosen = fit_ridge(held_out, train, torch.linalg.lstsq(x[:30], x[:30] @ w.T + noise[:30]).solution.T)
     assert chosen is None and same.dtype == torch.float32
-
-
-@pytest.mark.parametrize(("total", "expected"), [(0, [0, 0]), (1, [0, 1]), (3, [0, 3]), (4, [1, 3]), (6, [3, 3])])
-def test_allocation_takes_the_cheapest_steps(total, expected):
-    """The second layer's first step is dear, but all three together cost less a step than the first layer's first."""
-    assert allocate([[2.0, 5.0, 9.0], [1.5, 1.6, 1.7]], total) == expected
-
-
-def test_allocation_beyond_what_is_there():
-    with pytest.raises(ValueError, match=r"5 removals.*4 are possible"):
-        allocate([[1.0, 2.0], [1.0, 2.0]], 5)
 
 
 def test_measured_costs_are_met_and_the_shape_kept_between():
