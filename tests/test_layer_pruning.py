@@ -106,6 +106,8 @@ def test_other_techniques_after_and_before(model, ids):
     for technique in (head_pruning, mlp_pruning):
         with pytest.raises(ValueError, match="before layer_pruning"):
             technique.apply(model)
+    with pytest.raises(ValueError, match="without layer_pruning"):
+        int4.apply(model)
     again = apply(model, what="blocks", count=1)
     assert evidence(again)["layers"] in (2, 3) and torch.isfinite(logits_of(again, ids, new_cache(again))).all()
 
