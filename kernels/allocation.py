@@ -16,7 +16,15 @@ import torch
 
 import calibration
 from kernels.calibration_cache import CalibrationCache, show_progress
-from kernels.pruning_costs import CODE, WRITERS, Divergence, Ranking, moment_windows, probe_windows, refitted_without
+from kernels.pruning_costs import (
+    RANKING_CODE,
+    WRITERS,
+    Divergence,
+    Ranking,
+    moment_windows,
+    probe_windows,
+    refitted_without,
+)
 
 PROBES = 8
 MOVES = 72  # removals at most, each of as many steps as it takes
@@ -26,9 +34,13 @@ def cached_allocation(model, windows: torch.Tensor, rankings: list[Ranking], tot
     """How many steps of its ranking each layer takes, `total` together, for the "attention" or "mlp" writers.
 
     windows int64 [W, T] of calibration text; no weight is changed in the end. Every removal is kept on disk.
+    ValueError if the rankings have fewer steps than `total`.
     """
+    possible = sum(len(ranking.costs) for ranking in rankings)
+    if total > possible:
+        raise ValueError(f"{total} removals asked for, {possible} are possible")
     options = {"part": part, "group": group, "total": total, "probes": PROBES, "moves": MOVES}
-    cache = CalibrationCache.of(model, windows, code=(*CODE, "allocation.py"), **options)
+    cache = CalibrationCache.of(model, windows, code=(*RANKING_CODE, "allocation.py"), **options)
     taken = cache.json("taken") or [0] * len(rankings)
     if sum(taken) < total:
         _take_in_turn(model, windows, rankings, total, taken, cache, writers=WRITERS[part], group=group)

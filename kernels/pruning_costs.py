@@ -23,7 +23,7 @@ from kernels.refit import SELECTION_DAMPING, damped, eliminate
 
 MOMENT_WINDOWS = 24
 PROBES, PROBE_LENGTH = 4, 256
-CODE = ("refit.py", "pruning_costs.py")  # what the results depend on
+RANKING_CODE = ("refit.py", "pruning_costs.py")  # what the results depend on
 MEASURED_SHARES = (0.25, 0.5)  # of the steps: where removals of 10 to 40 % of the whole model land
 SMALLEST_COST = 1e-7  # nats; below it lies rounding, and ratios of costs mean nothing
 
@@ -113,7 +113,7 @@ def cached_rankings(model, windows: torch.Tensor, *, part: str, group: int, at_o
     probes = probe_windows(windows)
     points = sorted({max(1, round(share * steps)) for share in MEASURED_SHARES})
     options = {"part": part, "group": group, "at_once": at_once, "steps": steps, "points": points, "probes": list(probes.shape)}
-    cache = CalibrationCache.of(model, windows, code=CODE, **options)
+    cache = CalibrationCache.of(model, windows, code=RANKING_CODE, **options)
     kept = cache.json("rankings")
     if kept is None:
         found = rank(model, moment_windows(windows), probes, layers, group=group, at_once=at_once, steps=steps, points=points,

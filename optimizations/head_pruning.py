@@ -127,7 +127,7 @@ def _remove_calibrated(model, prune_ratio: float, mode: str) -> int:
         masked = mode == "mask" and gone
         return {"attention": _head_rows(torch.tensor(kept, device=model.device), head_dim)} if masked else {}
 
-    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, heads=count), progress=show_progress)
+    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, heads=counts), progress=show_progress)
     return count
 
 

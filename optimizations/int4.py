@@ -162,7 +162,7 @@ def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, int8: list[str], **opti
 def _tuned_forms(model, forms: dict, cache: CalibrationCache, *, tied: bool, group_size: int, steps: int) -> tuple[dict, dict]:
     """Like `forms`, which `cache` holds, but tuned; and weights of norms by name."""
     ids = calibration.calibration_ids(model, tokens=(steps + HELD_OUT_MOST) * 512)
-    tuned_cache = CalibrationCache.of(model, ids, code=("tuning.py",), rounding=cache.folder.name, steps=steps)
+    tuned_cache = CalibrationCache.of(model, ids, code=("tuning.py", "healing.py"), rounding=cache.folder.name, steps=steps)
     tuned, norms = _cached_forms(tuned_cache, "tuned", model)
     if tuned is None:
         tuned, norms = tune(model, ids, forms, group_size=group_size, steps=steps, tied=tied)

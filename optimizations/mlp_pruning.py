@@ -63,7 +63,7 @@ def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0):
             keep_channels(mlps[index], torch.tensor([channel for channel in range(width) if channel not in gone]))
         return {}
 
-    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, panels=panels), progress=show_progress)
+    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, panels=counts), progress=show_progress)
     left = [mlp.down_proj.in_features for mlp in mlps]
     share = 1 - sum(left) / (width * len(mlps))
     note = (

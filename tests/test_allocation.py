@@ -90,3 +90,8 @@ def test_many_steps_are_taken_several_at_a_time(model, monkeypatch):
     monkeypatch.setattr(allocation, "MOVES", 4)
     taken = take(model, 10, 1.0, 2.0, 1.5)
     assert sum(taken) == 10 and max(taken) <= HEADS - 1
+
+
+def test_beyond_what_is_there(model):
+    with pytest.raises(ValueError, match=r"25 removals.*24 are possible"):
+        take(model, 3 * (HEADS - 1) + 1, 1.0, 1.0, 1.0)
