@@ -148,8 +148,8 @@ def _register_fakes() -> None:
         return torch.empty_like(residual)
 
     @torch.library.register_fake("tinyopt::silu_mul")
-    def _(gate_up):
-        return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+    def _(gate, up):
+        return gate.new_empty(gate.shape)
 
     @torch.library.register_fake("tinyopt::rope_append")
     def _(qkv, cos, sin, keys, values, key_scale, value_scale, past):

@@ -61,9 +61,14 @@ Tensor add_rms_norm(const Tensor& residual, const optional<Tensor>& update, cons
   return out;
 }
 
-INLINE_BODY void silu_mul_rows(const float* from, int64_t width, int64_t begin, int64_t end, float* to) {
+struct Strided {  // rows of floats, `stride` of them from one to the next
+  const float* data;
+  int64_t stride;
+};
+
+INLINE_BODY void silu_mul_rows(Strided gates, Strided ups, int64_t width, int64_t begin, int64_t end, float* to) {
   for (int64_t r = begin; r < end; ++r) {
-    const float *gate = from + r * 2 * width, *up = gate + width;
+    const float *gate = gates.data + r * gates.stride, *up = ups.data + r * ups.stride;
     for (int64_t i = 0; i < width; ++i) {
       const float e = fast_exp(-std::abs(gate[i])), sigmoid = (gate[i] < 0.f ? e : 1.f) / (1.f + e);
       to[r * width + i] = gate[i] * sigmoid * up[i];
@@ -71,25 +76,31 @@ INLINE_BODY void silu_mul_rows(const float* from, int64_t width, int64_t begin, 
   }
 }
 #if defined(__x86_64__)
-TARGET_AVX512 void silu_mul_avx512(const float* x, int64_t n, int64_t b, int64_t e, float* y) { silu_mul_rows(x, n, b, e, y); }
-TARGET_AVX2 void silu_mul_avx2(const float* x, int64_t n, int64_t b, int64_t e, float* y) { silu_mul_rows(x, n, b, e, y); }
+TARGET_AVX512 void silu_mul_avx512(Strided g, Strided u, int64_t n, int64_t b, int64_t e, float* y) {
+  silu_mul_rows(g, u, n, b, e, y);
+}
+TARGET_AVX2 void silu_mul_avx2(Strided g, Strided u, int64_t n, int64_t b, int64_t e, float* y) {
+  silu_mul_rows(g, u, n, b, e, y);
+}
 #endif
 
-// [..., 2 I] = gate, up -> silu(gate) * up, [..., I].
-Tensor silu_mul(const Tensor& gate_up) {
-  TORCH_CHECK(gate_up.scalar_type() == at::kFloat && gate_up.is_contiguous() && gate_up.size(-1) % 2 == 0,
-              "silu_mul: gate and up must be one contiguous float32 tensor [..., 2 I]");
-  auto shape = gate_up.sizes().vec();
-  const int64_t width = shape.back() /= 2, m = width ? gate_up.numel() / (2 * width) : 0;
-  Tensor out = at::empty(shape, at::kFloat);
-  const float* x = gate_up.const_data_ptr<float>();
+// silu(gate) * up, contiguous; gate and up float32 [..., I], whole tensors or the halves of one.
+Tensor silu_mul(const Tensor& gate, const Tensor& up) {
+  TORCH_CHECK(gate.scalar_type() == at::kFloat && up.scalar_type() == at::kFloat && gate.sizes() == up.sizes() &&
+                  gate.dim() > 0 && gate.stride(-1) == 1 && up.stride(-1) == 1,
+              "silu_mul: gate and up must be float32 [..., I] of one shape, their last axis without gaps");
+  const int64_t width = gate.size(-1), m = width ? gate.numel() / width : 0;
+  Tensor out = at::empty(gate.sizes(), at::kFloat);
+  const Tensor gate_rows = gate.reshape({m, width}), up_rows = up.reshape({m, width});
+  const Strided g{gate_rows.const_data_ptr<float>(), gate_rows.stride(0)};
+  const Strided u{up_rows.const_data_ptr<float>(), up_rows.stride(0)};
   float* y = out.mutable_data_ptr<float>();
   at::parallel_for(0, m, 16, [&](int64_t begin, int64_t end) {
 #if defined(__x86_64__)
-    if (active_isa() == Isa::kAvx512) return silu_mul_avx512(x, width, begin, end, y);
-    if (active_isa() == Isa::kAvx2) return silu_mul_avx2(x, width, begin, end, y);
+    if (active_isa() == Isa::kAvx512) return silu_mul_avx512(g, u, width, begin, end, y);
+    if (active_isa() == Isa::kAvx2) return silu_mul_avx2(g, u, width, begin, end, y);
 #endif
-    silu_mul_rows(x, width, begin, end, y);
+    silu_mul_rows(g, u, width, begin, end, y);
   });
   return out;
 }
@@ -122,7 +133,8 @@ void decoder_layer(const Tensor& residual, at::TensorList norms, at::TensorList 
   const Tensor q = rope_append(qkv, cos, sin, keys, values, key_scale, value_scale, past);
   const Tensor attended = attend(q, keys, values, key_scale, value_scale, past + tokens, scaling, kv_of_head);
   const Tensor inputs = add_rms_norm(residual, product(1, attended), norms[1], eps);
-  const Tensor down = product(3, silu_mul(product(2, inputs)));
+  const std::vector<Tensor> halves = product(2, inputs).chunk(2, -1);
+  const Tensor down = product(3, silu_mul(halves[0], halves[1]));
   float* x = residual.mutable_data_ptr<float>();
   const float* add = down.const_data_ptr<float>();
   for (int64_t i = 0; i < residual.numel(); ++i) x[i] += add[i];
@@ -132,7 +144,7 @@ void decoder_layer(const Tensor& residual, at::TensorList norms, at::TensorList 
 
 TORCH_LIBRARY_FRAGMENT(tinyopt, m) {
   m.def("add_rms_norm(Tensor(a!) residual, Tensor? update, Tensor weight, float eps) -> Tensor");
-  m.def("silu_mul(Tensor gate_up) -> Tensor");
+  m.def("silu_mul(Tensor gate, Tensor up) -> Tensor");
   m.def(
       "rope_append(Tensor qkv, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor(c!)? key_scale, "
       "Tensor(d!)? value_scale, int past) -> Tensor");

@@ -83,7 +83,7 @@ class LeanForward:
                     q, residual = q[:, -last:].contiguous(), residual[:, -last:].contiguous()
                 update = layer.o_proj(attend(q, stored, scaling=layer.scaling, kv_of_head=layer.kv_of_head)).float()
             inputs = add_rms_norm(residual, update, layer.mlp_norm, self.eps)
-            update = layer.down_proj(silu_mul(_product(layer.gate_up, inputs))).float()
+            update = layer.down_proj(silu_mul(*_product(layer.gate_up, inputs).chunk(2, -1))).float()
         if last:
             residual = residual[:, -last:].contiguous()
             update = None if update is None else update[:, -last:].contiguous()

@@ -1,6 +1,7 @@
 // Products of many rows: pairs of panels, made ready once for all rows, times blocks of rows on the widest units there are.
 #pragma once
 
+#include <cstring>
 #include <vector>
 
 #include "few_rows.h"
@@ -24,7 +25,7 @@ Rows rows_for_blocks(Kind kind, const Tensor& x, int64_t group) {
   const bool integers = kind == Kind::kInt8 || kind == Kind::kInt4, tiles = active->many.tiles;
   const int64_t m = x.size(0), k = x.size(1), groups = ceil_div(k, group), inputs = integers ? 64 : 32;
   const int64_t steps = ceil_div(k, inputs), padded = tiles ? ceil_div(m, kMaxBlockRows) * kMaxBlockRows : m;
-  Rows rows{at::zeros({padded, (steps + !tiles) * inputs}, integers ? at::kChar : at::kBFloat16), {}, {}, m};
+  Rows rows{at::empty({padded, (steps + !tiles) * inputs}, integers ? at::kChar : at::kBFloat16), {}, {}, m};
   float *scales = nullptr, *sums = nullptr;
   if (integers) {
     rows.scale = at::zeros({padded, groups}, at::kFloat);
@@ -34,13 +35,13 @@ Rows rows_for_blocks(Kind kind, const Tensor& x, int64_t group) {
   }
   const float* from = x.const_data_ptr<float>();
   char* to = static_cast<char*>(rows.x.mutable_data_ptr());
-  at::parallel_for(0, m, ceil_div(32768, k), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, padded, ceil_div(32768, k), [&](int64_t begin, int64_t end) {
     std::vector<char> uncut(steps * 64);
     for (int64_t r = begin; r < end; ++r) {
       char* row = tiles ? uncut.data() : to + r * rows.row_bytes();
-      if (tiles && integers) std::fill(uncut.begin(), uncut.end(), 0);  // a group of zeros is not written
-      if (integers) active->quantize(from + r * k, k, group, row, scales + r * groups, sums + r * groups);
-      else round_row(from + r * k, k, reinterpret_cast<uint16_t*>(row));
+      std::memset(row, 0, steps * 64);  // what follows the last input, and groups of zeros, which are not written
+      if (r < m && integers) active->quantize(from + r * k, k, group, row, scales + r * groups, sums + r * groups);
+      else if (r < m) round_row(from + r * k, k, reinterpret_cast<uint16_t*>(row));
       if (tiles) cut_row(row, r, steps, to);
     }
   });

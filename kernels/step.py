@@ -62,11 +62,10 @@ def add_rms_norm(residual: torch.Tensor, update: torch.Tensor | None, weight: to
     return weight * (residual * torch.rsqrt(residual.square().mean(-1, keepdim=True) + eps))
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """[..., 2 I], gate then up -> silu(gate) * up, [..., I]."""
-    if kernels_run(gate_up):
-        return torch.ops.tinyopt.silu_mul(gate_up)
-    gate, up = gate_up.chunk(2, -1)
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up in one pass, float32 [..., I]; the halves of one tensor will do."""
+    if gate.dtype == torch.float32 and kernels_run(gate):
+        return torch.ops.tinyopt.silu_mul(gate, up)
     return F.silu(gate) * up
 
 

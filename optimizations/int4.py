@@ -42,6 +42,7 @@ from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.blockwise import STAGES, round_blockwise
 from kernels.calibration_cache import CalibrationCache
+from kernels.gated_mlp import use_gated_mlps
 from kernels.int4 import GROUP_SIZES, nearest_change, pack_nibbles, unpack_nibbles
 from kernels.int4_modules import Int4Linear, Int4Table
 from kernels.int8_modules import Int8Linear, Int8Table
@@ -111,6 +112,7 @@ def apply(
     shared = model.lm_head if tied else None
     model.set_input_embeddings(table(model.get_input_embeddings(), group_size=group_size, shared=shared))
     use_grouped_heads(model)
+    use_gated_mlps(model)
     model.effective_bits = effective_bits(model)
     kinds = f"{len(upgraded)} of {layers + (not tied)} in int8" + (f" ({_summary(upgraded)})" if upgraded else "")
     notes.insert(0, f"int4 in groups of {group_size}, {rounding}: {model.effective_bits:.2f} bits a weight, {kinds}")

@@ -26,6 +26,7 @@ from devices import Unsupported, has_half_arithmetic
 from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.build import cpu_variant, load_kernels
+from kernels.gated_mlp import use_gated_mlps
 from kernels.half import CastAfter, HalfLinear, HalfTable
 from kernels.modules import is_tied, replace_linears
 from streaming import read_weights, streams
@@ -51,6 +52,7 @@ def apply(model, *, dtype: str = "auto", untie: bool = False):
     if native:
         _cast_where_dtypes_meet(model, half)
     use_grouped_heads(model)
+    use_gated_mlps(model)
     model.notes = [*getattr(model, "notes", []), _note(half, native, reason, tied, untie)]
     return model
 

@@ -32,6 +32,7 @@ from calibration import calibration_ids
 from devices import Unsupported
 from inference import Inference
 from kernels.attention import use_grouped_heads
+from kernels.gated_mlp import use_gated_mlps
 from kernels.int8_modules import ClassicLinear, Int8Linear, Int8Table, kernel_note
 from kernels.modules import is_tied, replace_linears
 from kernels.smoothing import CALIBRATION_TOKENS, STRENGTH, smooth
@@ -82,6 +83,7 @@ def apply(
         model.set_input_embeddings(Int8Table(model.get_input_embeddings(), group_size=form["group_size"], shared=shared))
     read_weights(model)  # the table, where it stays float32
     use_grouped_heads(model)
+    use_gated_mlps(model)
     table = "" if not tied else "; tied table shared as int8" if embeddings == "int8" else "; table untied, float32 copy kept"
     model.notes = [*getattr(model, "notes", []), f"int8 {scheme}: {kernel_note(model.device, scheme)}{table}"]
     return model

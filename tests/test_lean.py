@@ -212,12 +212,14 @@ def test_attention_does_not_hide_what_is_not_finite():
 
 def test_norm_and_gate_equal_their_twins(monkeypatch):
     x, update, weight, gate_up = torch.randn(3, 37), torch.randn(3, 37), torch.randn(37), 20 * torch.randn(2, 5, 74)
+    halves, whole = gate_up.chunk(2, -1), [part.contiguous() for part in gate_up.chunk(2, -1)]
     fast, slow = x.clone(), x.clone()
-    normed, gated = step.add_rms_norm(fast, update, weight, 1e-5), step.silu_mul(gate_up)
+    normed, gated = step.add_rms_norm(fast, update, weight, 1e-5), step.silu_mul(*halves)
+    assert torch.equal(gated, step.silu_mul(*whole))
     monkeypatch.setenv("TINYOPT_NO_KERNELS", "1")
     torch.testing.assert_close(normed, step.add_rms_norm(slow, update, weight, 1e-5))
     torch.testing.assert_close(fast, slow)
-    torch.testing.assert_close(gated, step.silu_mul(gate_up))
+    torch.testing.assert_close(gated, step.silu_mul(*halves))
 
 
 def test_room_grows_and_keeps_what_is_there():
@@ -250,7 +252,7 @@ def test_operators_keep_their_schemas_and_their_shapes_without_data():
     angles = torch.rand(12, d // 2)
     calls = {
         ops.add_rms_norm: (torch.randn(2, 3, 48), torch.randn(2, 3, 48), torch.ones(48), 1e-5),
-        ops.silu_mul: (torch.randn(2, 3, 48),),
+        ops.silu_mul: torch.randn(2, 3, 96).chunk(2, -1),
         ops.rope_append: (torch.randn(2, 3, (heads + 2 * kv_heads) * d), angles, angles, keys, keys.clone(), None, None, 4),
         ops.attend: (torch.randn(2, 3, heads, d), keys, keys.clone(), None, None, 7, 0.3),
     }
