@@ -24,6 +24,7 @@ from kernels.int8 import dequantize_groups, quantize_groups
 
 HELD_OUT_EVERY, HELD_OUT_MOST = 8, 4
 LEARNING_RATE = 3e-3  # of a step between two levels, or of the mean weight of a norm, at each optimizer step
+SLOWER = (1, 3)  # where that gained nothing, which happens to a model that has little to gain, once more at a third of it
 CHECKS = 2  # held-out readings, spread evenly over the steps
 
 
@@ -171,7 +172,10 @@ def tune(
             model.set_submodule(name, tunable or _FrozenInt8(linear, group_size, dtype))
         if tied:
             model.set_input_embeddings(_Table(model.lm_head))
-        first, last = _train(model, teacher, list(norms.values()), steps=steps, rate=rate, seed=seed)
+        for slower in SLOWER:
+            first, last = _train(model, teacher, list(norms.values()), steps=steps, rate=rate / slower, seed=seed)
+            if last < first:
+                break
         tuned = {name: model.get_submodule(name).form() for name in forms}
         learnt = {name: norm.detach().clone() for name, norm in norms.items()}
     finally:

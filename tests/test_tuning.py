@@ -7,6 +7,7 @@ import torch
 from conftest import logits_of, make_tiny
 from torch import nn
 
+from kernels import tuning
 from kernels.blockwise import round_blockwise
 from kernels.healing import Teacher
 from kernels.int4 import dequantize_int4, int4_linear_reference, quantize_int4
@@ -84,3 +85,17 @@ def test_the_divergence_falls_and_the_model_is_handed_back(tied):
 def test_one_window_is_refused():
     with pytest.raises(ValueError, match="two"):
         Teacher(make_tiny(), WINDOWS[:1])
+
+
+def test_a_model_that_gains_nothing_is_tried_at_a_slower_rate(monkeypatch):
+    model = make_tiny()
+    forms = round_blockwise(model, WINDOWS[:4], group_size=GROUP, damping=0.01, tied=False, int8=[])
+    rates, readings = [], iter([(1.0, 1.0), (1.0, 0.9)])
+
+    def train(*_, rate, **__):
+        rates.append(rate)
+        return next(readings)
+
+    monkeypatch.setattr(tuning, "_train", train)
+    tune(model, WINDOWS[:4], forms, group_size=GROUP, steps=1, tied=False, rate=0.3)
+    assert rates == pytest.approx([0.3, 0.1])
