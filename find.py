@@ -169,7 +169,7 @@ class Finder:
         try:
             experiment.check_steps(steps, args.config)
             with console.status(f"{where}: alone"), WorkerProcess(job) as worker:
-                loaded, memory = worker.call("load"), worker.call("memory")
+                loaded, memory = worker.load(), worker.call("memory")
                 worker.call("block")  # warm-up, discarded
                 # The shortest: other work on the machine can only add.
                 tpot_ms = min(worker.call("block")["tpot_ms"] for _ in range(TIMED))

@@ -38,7 +38,7 @@ class Side:
         if self.worker is None or not self.worker.alive:
             self.release()
             self.worker = WorkerProcess(self.job)
-            self.loaded = self.worker.call("load")
+            self.loaded = self.worker.load()
             if command == "block":
                 self.worker.call("block")  # warm-up of the same shape, discarded
         return self.loaded if command == "load" else self.worker.call(command, **arguments)

@@ -127,7 +127,7 @@ class Curve:
         try:
             experiment.check_steps(steps, args.config)
             with WorkerProcess(job) as worker:
-                loaded = dict(worker.call("load"))
+                loaded = worker.load()
                 streamed_bytes = loaded.pop("streamed_bytes")
                 record.update(loaded)
                 memory = worker.call("memory")

@@ -22,7 +22,11 @@ CODE = ("refit.py", "pruning_costs.py", "compensation.py")  # a change of the ma
 
 
 class CalibrationCache:
-    """JSON values and tensors under names, in `folder`; a file that cannot be read counts as absent."""
+    """JSON values and tensors under names, in `folder`; a file that cannot be read counts as absent.
+
+    `saved` counts what this process wrote, in all caches: above 0, it calibrated something anew."""
+
+    saved = 0
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -68,6 +72,7 @@ class CalibrationCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             write(part)
             part.replace(self.folder / name)
+            CalibrationCache.saved += 1
         except (OSError, SafetensorError):
             part.unlink(missing_ok=True)
 

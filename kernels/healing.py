@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from devices import fast_products, has_half_arithmetic
-from kernels.calibration_cache import show_progress
+from kernels.calibration_cache import CalibrationCache, show_progress
 
 KEPT_TOKENS = 128  # of the dense distribution at each position; the others count as one outcome
 HELD_OUT_EVERY = 8
@@ -94,18 +94,35 @@ class LowRank(nn.Module):
 def heal(model, teacher: Teacher, *, minutes: float, seed: int = 0, clock=time.monotonic) -> str:
     """Train for at most `minutes`, in place; returns the sentence for the model's notes.
 
-    The seed fixes the order of windows and the start; how many steps fit is the machine's.
+    The seed fixes the order of windows and the start; how many steps fit is the machine's. What was learnt is kept on disk, and
+    taken from there for the same pruned weights, windows and minutes.
     """
+    cache = CalibrationCache.of(model, teacher.windows, code=("healing.py",), minutes=minutes, seed=seed)
     generator = torch.Generator().manual_seed(seed)
-    held = list(range(HELD_OUT_EVERY // 2, len(teacher.windows), HELD_OUT_EVERY))[:HELD_OUT_MOST] or [len(teacher.windows) - 1]
-    train = [index for index in range(len(teacher.windows)) if index not in held]
     names = [name for name, part in model.model.layers.named_modules() if type(part) is nn.Linear]
     for name in names:
         _put(model, name, LowRank(model.model.layers.get_submodule(name), RANK, generator))
-    updates = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(updates, lr=LEARNING_RATE, weight_decay=0.0)
+    updates = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    learnt, note = cache.tensors("healed", model.device), cache.json("healed")
+    if learnt is None or note is None:
+        learnt, note = _train(model, teacher, updates, minutes=minutes, generator=generator, clock=clock)
+        cache.save_tensors("healed", learnt)
+        cache.save_json("healed", note)
+    with torch.no_grad():
+        for name, update in updates.items():
+            update.copy_(learnt[name])
+    for name in names:
+        _put(model, name, model.model.layers.get_submodule(name).merged())
+    return note
+
+
+def _train(model, teacher: Teacher, updates: dict, *, minutes: float, generator, clock) -> tuple[dict[str, torch.Tensor], str]:
+    """The `updates` that did best on held-out windows, by name, and what is to be said of them."""
+    held = list(range(HELD_OUT_EVERY // 2, len(teacher.windows), HELD_OUT_EVERY))[:HELD_OUT_MOST] or [len(teacher.windows) - 1]
+    train = [index for index in range(len(teacher.windows)) if index not in held]
+    optimizer = torch.optim.AdamW(updates.values(), lr=LEARNING_RATE, weight_decay=0.0)
     first = best = _held_out(model, teacher, held)
-    kept = [update.detach().clone() for update in updates]
+    kept = {name: update.detach().clone() for name, update in updates.items()}
     start, steps, checks, shown, stale, order = clock(), 0, 0, 0, 0, []
     while (used := (clock() - start) / (60 * minutes)) < 1 and stale < PATIENCE:
         order = order or [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
@@ -113,7 +130,7 @@ def heal(model, teacher: Teacher, *, minutes: float, seed: int = 0, clock=time.m
             group["lr"] = LEARNING_RATE * min(1.0, (steps + 1) / 10) * (1 - used)
         with torch.enable_grad():
             teacher.divergence(model, order.pop()).backward()
-        nn.utils.clip_grad_norm_(updates, 1.0)
+        nn.utils.clip_grad_norm_(updates.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
@@ -126,16 +143,12 @@ def heal(model, teacher: Teacher, *, minutes: float, seed: int = 0, clock=time.m
             reading = _held_out(model, teacher, held)
             stale = 0 if reading < best else stale + 1
             if reading < best:
-                best, kept = reading, [update.detach().clone() for update in updates]
-    with torch.no_grad():
-        for update, value in zip(updates, kept, strict=True):
-            update.copy_(value)
-    for name in names:
-        _put(model, name, model.model.layers.get_submodule(name).merged())
+                best, kept = reading, {name: update.detach().clone() for name, update in updates.items()}
     spent = (clock() - start) / 60
-    return (
+    note = (
         f"healed in {steps} steps, {spent:.1f} minutes: held-out KL to the dense model {first:.4f} -> {best:.4f} nats per token"
     )
+    return kept, note
 
 
 def _put(model, name: str, module: nn.Module) -> None:

@@ -83,10 +83,10 @@ class Comparison:
         with console.status(f"{name}: loading, memory, warm-up"), self._guarded(name):
             process = self._process(name)
             self.alive[name] = process
-            loaded = process.call("load")
             if name in PEERS:
-                contenders.describe_loaded(record, loaded, process.version)
+                contenders.describe_loaded(record, process.call("load"), process.version)
             else:
+                loaded = process.load()
                 streamed_bytes = loaded.pop("streamed_bytes")
                 record.update(loaded)
             memory = process.call("memory")

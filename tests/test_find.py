@@ -42,6 +42,9 @@ def asked(monkeypatch):
         def __exit__(self, *_):
             pass
 
+        def load(self):
+            return self.call("load")
+
         def call(self, command, **arguments):
             loss, streamed, tpot_ms = FIGURES[self.name]
             if command == "load" and self.name in started.fail:

@@ -302,6 +302,10 @@ def test_healing_comes_nearer_to_the_dense_model(tiny, random_source):
     assert not any(parameter.requires_grad for parameter in healed.parameters())
     before, after = (float(word) for word in healed.notes[-1].split("model ")[1].split(" nats")[0].split(" -> "))
     assert after < before and "healed in" in healed.notes[-1]
+    saved = calibration_cache.CalibrationCache.saved
+    again = apply(copy.deepcopy(model), prune_ratio=0.33, heal_minutes=0.03)  # what was learnt is kept
+    assert again.notes == healed.notes and calibration_cache.CalibrationCache.saved == saved > 0
+    assert all(torch.equal(*pair) for pair in zip(again.parameters(), healed.parameters(), strict=True))
 
 
 # What is refused

@@ -176,6 +176,9 @@ class FakeSide:
     def __init__(self, speed):
         self.speed, self.version = speed, "1.0"
 
+    def load(self):
+        return self.call("load")
+
     def call(self, command):
         if command == "block" and self.speed < 0:
             raise RecipeError("failed", "it ended")

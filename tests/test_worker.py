@@ -48,6 +48,18 @@ def test_a_waiting_worker_uses_no_cpu(source, tmp_path):
         assert sum(process.cpu_times()[:2]) - before < 0.05
 
 
+def test_a_process_that_calibrated_is_replaced_by_one_that_reads_the_result(source, tmp_path, monkeypatch):
+    said = {"apply_s": 60.0, "load_peak_memory_mb": 900.0, "notes": ["int4"]}
+    answers = iter([said | {"calibrated": True}, said | {"apply_s": 2.0, "calibrated": False}])
+    with WorkerProcess(job(source, tmp_path)) as worker:
+        assert worker.call("load")["calibrated"] is False
+        first = worker.pid
+        monkeypatch.setattr(worker, "call", lambda command: next(answers))
+        loaded = worker.load()
+        assert worker.pid != first and worker.alive and loaded["apply_s"] == 2.0 and "calibrated" not in loaded
+        assert loaded["notes"][0] == "int4" and "in a process of its own (60 s, peak 900 MB)" in loaded["notes"][1]
+
+
 def test_a_killed_worker_is_named_and_can_be_started_again(source, tmp_path):
     side = measurement.Side(job(source, tmp_path))
     side.call("load")
