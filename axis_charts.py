@@ -23,11 +23,13 @@ def depth_speed(consolidated, records):
         _line(axes, place, points, label(record))
     axes.set_ylabel("decode tokens per second (higher is better)")
     axes.set_ylim(bottom=0)
-    notes = [
-        _crossover(label(r), lines[id(r)])
-        for r in records
-        if any(s["technique"] == "kv_cache_quant" for s in r.get("steps") or [])
-    ]
+    notes = []
+    for record in (r for r in records if _has_cache_technique(r)):
+        rival = next((r for r in records if r["steps"] == _without_cache_technique(record)), None)
+        name = label(rival) if rival else "the baseline"
+        of_rival = {depth: speed for depth, (_, speed) in lines[id(rival)].items()} if rival else dict(reference)
+        speeds = {d: (of_rival.get(d), speed) for d, (_, speed) in lines[id(record)].items()}
+        notes.append(_crossover(label(record), name, speeds))
     return finish(
         axes,
         consolidated,
@@ -40,16 +42,20 @@ def depth_speed(consolidated, records):
 
 def cache_memory(consolidated, records):
     """KV-cache memory against depth x batch size, for every recipe whose cache differs from the baseline's."""
-    chosen = [r for r in records if r.get("axes") and any(s["technique"] == "kv_cache_quant" for s in r.get("steps") or [])]
-    if not chosen:
+    chosen = [r for r in records if any(p["kv_cache_mb"] != p["baseline_kv_cache_mb"] for p in r.get("axes") or [])]
+    if not any(map(_has_cache_technique, chosen)):
         return None
     axes = new_axes(4)[0]
     prompt = sum(number(consolidated.get("workload"), key) or 0 for key in ("prompt_tokens", "new_tokens"))
     tokens = [(p["depth"] + prompt) * p["batch_size"] for p in chosen[0]["axes"]]
     reference = sorted(zip(tokens, (p["baseline_kv_cache_mb"] for p in chosen[0]["axes"]), strict=True))
     axes.plot(*zip(*reference, strict=True), "k--", marker=".", label="baseline")
-    for place, record in enumerate(chosen):
-        _line(axes, place, sorted(zip(tokens, (p["kv_cache_mb"] for p in record["axes"]), strict=True)), label(record))
+    names = {}  # of recipes whose caches are the same: lines on top of each other could not be told apart
+    for record in chosen:
+        points = tuple(sorted(zip(tokens, (p["kv_cache_mb"] for p in record["axes"]), strict=True)))
+        names.setdefault(points, []).append(label(record))
+    for place, (points, labels) in enumerate(names.items()):
+        _line(axes, place, points, "; ".join(labels))
     axes.set_ylabel("KV cache in MB (lower is better)")
     weights = number(baseline_of(consolidated), "weights_mb")
     per_token = reference[-1][1] / reference[-1][0]
@@ -62,6 +68,14 @@ def cache_memory(consolidated, records):
     return finish(
         axes, consolidated, [*chosen, baseline_of(consolidated)], title, "(depth + prompt + new tokens) x batch size", notes
     )
+
+
+def _has_cache_technique(record):
+    return len(_without_cache_technique(record)) < len(record.get("steps") or [])
+
+
+def _without_cache_technique(record):
+    return [step for step in record.get("steps") or [] if step["technique"] != "kv_cache_quant"]
 
 
 def _line(axes, place, points, name):
@@ -79,9 +93,10 @@ def _by_depth(consolidated, record, batch_size):
     return dict(sorted((main | others).items()))
 
 
-def _crossover(name, line):
-    faster = [depth for depth, (base, speed) in line.items() if base and speed and speed >= base]
-    deepest = max(line)
+def _crossover(name, rival, speeds):
+    """From which depth on the recipe is as fast as the same without its cache technique; `speeds` depth -> (rival's, its)."""
+    faster = [depth for depth, (theirs, ours) in speeds.items() if theirs and ours and ours >= theirs]
+    deepest = max(speeds)
     if not faster:
-        return f"{name}: no crossover up to a depth of {deepest}: slower than the baseline's cache throughout."
-    return f"{name}: at least as fast as the baseline's cache from a depth of {min(faster)} on (measured up to {deepest})."
+        return f"{name}: no crossover up to a depth of {deepest}: slower than {rival} throughout."
+    return f"{name}: at least as fast as {rival} from a depth of {min(faster)} on (measured up to {deepest})."

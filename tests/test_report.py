@@ -375,4 +375,15 @@ def test_axis_charts_name_the_crossover(results, tmp_path):
     cache["decode_tokens_per_s"] = 1.0
     assert {path.stem for path in charts.draw_all(results, tmp_path)} >= AXES
     figure = axis_charts.depth_speed(results, [cache])
-    assert any("from a depth of 512 on" in " ".join(text.get_text().split()) for text in figure.texts)
+    assert "as fast as the baseline from a depth of 512 on" in said(figure)
+    quantized = {"technique": "quantization", "options": {}}
+    stack = cache | {"title": "Both", "steps": [quantized, *cache["steps"]]}
+    rival = cache | {"title": "Int8 alone", "steps": [quantized], "decode_tokens_per_s": 0.5}
+    rival["axes"] = [entry | {"decode_tokens_per_s": entry["decode_tokens_per_s"] + 1.0} for entry in cache["axes"]]
+    assert "Both: at least as fast as Int8 alone from a depth of 0 on" in said(axis_charts.depth_speed(results, [stack, rival]))
+    drawn = [text.get_text() for text in axis_charts.cache_memory(results, [cache, stack]).axes[0].get_legend().get_texts()]
+    assert len(drawn) == 2, "equal caches share a line"
+
+
+def said(figure):
+    return " ".join(" ".join(text.get_text() for text in figure.texts).split())
