@@ -1,7 +1,7 @@
 """Charts over context depth and batch size, from the points that `-d 0,512,1536 -b 1,8` adds to each record."""
 
 from chart_parts import finish, new_axes
-from report import amount, baseline_of, label, number
+from readings import amount, baseline_of, label, number
 
 MARKERS = "osD^vP*X<>"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

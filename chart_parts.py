@@ -10,7 +10,7 @@ from matplotlib.path import Path as Line
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from report import describe, label, noise_floor
+from readings import describe, label, noise_floor
 
 # Okabe and Ito's palette: distinguishable under the common colour-vision deficiencies.
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#BBBBBB", "#444444"

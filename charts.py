@@ -17,7 +17,7 @@ import matplotlib
 from axis_charts import cache_memory, depth_speed
 from chart_parts import BLUE, GREEN, GREY, ORANGE, bar, dot, finish, new_axes, place_labels, rows_of, value_beside
 from pruning_charts import equal_bytes, sensitivity
-from report import amount, baseline_of, interval, label, number, percent, ratio, speedup, times
+from readings import amount, baseline_of, interval, label, number, percent, ratio, speedup, times
 from search import front
 
 STYLE = {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.7}

@@ -15,7 +15,7 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-from report import interval, label, load_results, number, times
+from readings import interval, label, load_results, number, times
 
 QUANTITIES = {
     "Decode": ("speedup", "speedup_ci"),

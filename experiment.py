@@ -12,6 +12,7 @@ from pathlib import Path
 import cli
 import inputs
 import models
+import readings
 import records
 import report
 from bandwidth import read_bandwidth
@@ -95,7 +96,7 @@ def publish(store: ResultsFolder, *, as_json: bool) -> None:
         return
     import charts
 
-    consolidated = report.load_results(store.folder)  # as written: the charts carry a digest of what they show
+    consolidated = readings.load_results(store.folder)  # as written: the charts carry a digest of what they show
     if as_json:
         print(json.dumps(consolidated))
     else:

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 import experiment
+import readings
 import records
-import report
 import search
 import stacks
 from measurement import BASELINE, Measurement, console
@@ -106,7 +106,7 @@ class Finder:
     def conclude(self) -> None:
         """The front, the choice and the command that repeats it: on the terminal and in the file."""
         try:
-            measured = report.load_results(self.args.results_dir)["results"]
+            measured = readings.load_results(self.args.results_dir)["results"]
         except ValueError:
             return  # stopped before anything was measured
         found, nearest = search.choose(measured, self.limits)
@@ -270,7 +270,7 @@ def _table(front: list[dict], estimates: dict[str, dict]) -> Table:
     for record in front:
         interval, guess = record["perplexity_retention_ci"], estimates.get(record["name"])
         kept = f"{record['perplexity_retention']:.2%}" + (f" [{interval[0]:.2%}, {interval[1]:.2%}]" if interval else "")
-        speed = report.times(record["speedup"], record["speedup_ci"])
+        speed = readings.times(record["speedup"], record["speedup_ci"])
         size = "not measured" if record["model_size_mb"] is None else f"{record['model_size_mb']:.0f}"
         table.add_row(
             record["name"], speed, kept, f"{record['peak_memory_mb']:.0f}", size,

@@ -6,7 +6,7 @@ from matplotlib.colors import LogNorm
 
 from axis_charts import COLOURS, MARKERS
 from chart_parts import finish, new_axes
-from report import amount, baseline_of, interval, number
+from readings import amount, baseline_of, interval, number
 
 # (technique, its `what`) -> how the kind is called
 KINDS = {

@@ -11,8 +11,6 @@ Generated parts of a README stand between a pair of HTML comments; FOLDER is rel
 """
 
 import argparse
-import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -21,118 +19,30 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from readings import (
+    RANDOM,
+    amount,
+    baseline_of,
+    describe,
+    interval,
+    label,
+    load_results,
+    noise_floor,
+    number,
+    percent,
+    ratio,
+    share,
+    speedup,
+    times,
+)
+
 COLUMNS = ["Method", "Tokens/sec", "Memory (MB)", "Model size (MB)", "Perplexity"]
-LEGEND = "In brackets: change against the baseline with its interval; for perplexity, the share of quality kept."
-RANDOM = "random weights: speed, memory and size only"
+LEGEND = (
+    "In brackets: change against the baseline with its interval; for perplexity, the share of quality kept. "
+    "Retention passes if the lower end of its interval does."
+)
 UNKNOWN = "not measured"
-MACHINE = {"threads": "{} threads", "cores": "{} cores", "ram_gb": "{:.0f} GB RAM", "os": "{}"}
-MACHINE |= {"torch": "torch {}", "transformers": "transformers {}", "time": "{:.10}"}
-WORKLOAD = {"prompt_tokens": "{} prompt tokens", "new_tokens": "{} new tokens", "depth": "depth {}"}
-WORKLOAD |= {"batch_size": "batch size {}", "repeats": "{} repeats"}
 MARKER = re.compile(r"<!-- ((results|row):(\S+)) -->")
-
-
-# Questions to the JSON; charts.py asks them too.
-def load_results(folder):
-    """The content of folder/consolidated_results.json; ValueError with one sentence if that cannot be had."""
-    path = Path(folder) / "consolidated_results.json"
-    try:
-        consolidated = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', error)}.") from error
-    results = consolidated.get("results") if isinstance(consolidated, dict) else None
-    if not isinstance(results, list) or not results or not isinstance(results[0], dict):
-        raise ValueError(f'{path} holds no list of records under "results".')
-    return consolidated
-
-
-def number(record, key):
-    """The value as a number, or None where it was not measured (null, missing, NaN or infinite)."""
-    value = (record or {}).get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
-
-
-def interval(record, key):
-    """(low, high), or None where either end is missing."""
-    ends = dict(enumerate((record or {}).get(key) or ()))
-    numbers = tuple(number(ends, place) for place in ends)
-    return numbers if len(numbers) == 2 and None not in numbers else None
-
-
-def label(record):
-    """The recipe's human name."""
-    return str(record.get("title") or record.get("name") or "unnamed")
-
-
-def baseline_of(consolidated):
-    """The record that all others are compared with, or {} where it did not run: then no change is shown."""
-    return next((r for r in consolidated["results"] if r.get("name") == "baseline" and r.get("status") == "ok"), {})
-
-
-def ratio(record, baseline, key):
-    """record / baseline of one quantity, or None where one of them was not measured."""
-    ours, theirs = number(record, key), number(baseline, key)
-    return ours / theirs if ours is not None and theirs else None
-
-
-def speedup(record, baseline, kind=""):
-    """(ratio, interval or None); `kind` is "" for decode or "prefill_"."""
-    measured = number(record, f"{kind}speedup")
-    if measured is not None:
-        return measured, interval(record, f"{kind}speedup_ci")
-    # Not interleaved: the ratio of two separate runs, which has no interval.
-    return ratio(record, baseline, f"{kind or 'decode_'}tokens_per_s"), None
-
-
-def amount(value, places=None):
-    """A number at reading precision: three digits below 100, whole above; `places` asks for other decimals."""
-    if places is None or abs(value) >= 1000:
-        places = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:.{places}f}" if abs(value) < 1e6 else f"{value:.2e}"
-
-
-def percent(factor, ends=None, places=None):
-    """A ratio as a change: 1.47 is +47 %, and 1.047 +4.7 %, with its interval where there is one; None is ""."""
-    if factor is None:
-        return ""
-    places = (1 if abs(factor - 1) < 0.0995 else 0) if places is None else places
-    texts = [f"{100 * (each - 1):+.{places}f}" for each in (factor, *(ends or ()))]
-    texts = [text.lstrip("+-") if float(text) == 0 else text for text in texts]
-    return f"{texts[0]} %" + (f" [{', '.join(texts[1:])}]" if ends else "")
-
-
-def times(value, ends=None):
-    """A speed-up as 1.47x, near 1 as 1.047x, with its interval where there is one."""
-    places = 3 if abs(value - 1) < 0.0995 else 2
-    return f"{value:.{places}f}x" + (f" [{ends[0]:.{places}f}, {ends[1]:.{places}f}]" if ends else "")
-
-
-def describe(consolidated):
-    """Model, machine and workload as three lines; what is unknown is left out."""
-    env, work = consolidated.get("environment") or {}, consolidated.get("workload") or {}
-    exam = work.get("quality") or {}
-    first = baseline_of(consolidated) or consolidated["results"][0]
-    gpu = env.get("gpu") if first.get("device") == "cuda" else None
-    is_random = any(record.get("random_weights") for record in consolidated["results"])
-    model = [first.get("model") or "model not recorded", first.get("dtype"), is_random and RANDOM]
-    machine = [f"{first.get('device') or 'device'}: {gpu or env.get('cpu') or 'not recorded'}", gpu and env.get("cpu")]
-    machine += [form.format(env[key]) for key, form in MACHINE.items() if env.get(key)]
-    workload = [form.format(work[key]) for key, form in WORKLOAD.items() if work.get(key) is not None]
-    if exam.get("windows"):
-        workload.append(f"quality on {exam['windows']} x {exam.get('window')} tokens of {exam.get('text') or 'text'}")
-    return [", ".join(str(part) for part in line if part) for line in (model, machine, workload)]
-
-
-def noise_floor(consolidated):
-    """(sentence or None, warning or None): how far the baseline differs from itself."""
-    aa = consolidated.get("aa") or {}
-    kinds = [("decode", ""), ("prefill", "prefill_")]
-    known = [f"{name} {times(*speedup(aa, {}, kind))}" for name, kind in kinds if speedup(aa, {}, kind)[0]]
-    sentence = f"Noise floor, the baseline against itself: {', '.join(known)}." if known else None
-    ends = [end for _, kind in kinds for end in interval(aa, f"{kind}speedup_ci") or ()]
-    floor = max((abs(end - 1) for end in ends), default=0)
-    warning = f"Untrustworthy run: the baseline differs from itself. Speed differences up to {floor:.0%} mean nothing here."
-    return sentence, warning if aa.get("trustworthy") is False else None
 
 
 # Tables.
@@ -156,11 +66,11 @@ def cells(record, baseline):
 
 
 def target_table(consolidated):
-    """Header and rows of recipe x target, with what the bytes read per token would allow at most."""
+    """Header and rows of recipe x target, what the bytes read per token would allow at most, and the speed-up of prefill."""
     goals, baseline, rows = consolidated.get("targets") or {}, baseline_of(consolidated), []
     space, kept = number(goals, "memory_change"), number(goals, "perplexity_retention")
     header = [f"Decode {percent(number(goals, 'decode_speedup'))}", f"Memory {percent(space and 1 + space)}"]
-    header += [f"Retention {100 * kept:.0f} %" if kept else "Retention", "All three", "By bytes alone"]
+    header += [f"Retention {100 * kept:.0f} %" if kept else "Retention", "All three", "By bytes alone", "Prefill"]
     for record in consolidated["results"]:
         if record is baseline or record.get("status") != "ok":
             continue
@@ -168,22 +78,22 @@ def target_table(consolidated):
         shown = {  # one digit more than in the first table, so that a near miss does not look like a pass
             "speed": percent(speedup(record, baseline)[0], places=1),
             "memory": percent(ratio(record, baseline, "peak_memory_mb"), places=1),
-            "quality": f"{100 * kept:.2f} %" if kept is not None else "",
+            "quality": share(kept, interval(record, "perplexity_retention_ci")) if kept is not None else "",
             "all": "",
         }
         row = [label(record)]
         for key, value in shown.items():
             verdict = {True: "pass", False: "miss"}.get(met.get(key), UNKNOWN)
             row.append(f"{verdict} ({value})" if value and verdict != UNKNOWN else verdict)
-        ceiling = number(record, "ceiling_speedup")
-        rows.append([*row, times(ceiling) if ceiling else UNKNOWN])
+        ceiling, (prefill, ends) = number(record, "ceiling_speedup"), speedup(record, baseline, "prefill_")
+        rows.append([*row, times(ceiling) if ceiling else UNKNOWN, times(prefill, ends) if prefill else UNKNOWN])
     return ["Recipe", *(column.strip() for column in header)], rows
 
 
 def print_table(consolidated, console=None):
     """Both tables on the terminal, under the lines that say on which model, machine and workload."""
     # Not a terminal (a log, a pipe): wide enough that no row is folded.
-    console = console or Console(width=None if sys.stdout.isatty() else 130)
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
     sentence, warning = noise_floor(consolidated)
     for line in filter(None, [*describe(consolidated), sentence]):
         console.print(Text(line))
@@ -279,7 +189,7 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 naming what drifted")
     args = parser.parse_args(argv)
     readme = args.readme or ("README.md" if args.check else None)
-    import charts  # here, because charts.py asks this file its questions
+    import charts  # here: `--help` need not wait for matplotlib
 
     try:
         loaded = {folder: load_results(folder) for folder in args.folders or ["results"]}

@@ -14,7 +14,7 @@ import matplotlib
 
 from chart_parts import BLUE, GREY, ORANGE, finish, rows_of
 from charts import STYLE, digest
-from report import amount, interval, noise_floor, number, times
+from readings import amount, interval, noise_floor, number, times
 
 PANELS = (("decode", "decode_tokens_per_s", ""), ("prefill", "prefill_tokens_per_s", "prefill_"))
 LOOKS = {"float32 baseline": (GREY, "//"), "ours": (BLUE, ""), "peer": (ORANGE, "xx")}

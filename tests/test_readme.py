@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import charts
+import readings
 import report
 import run_optimization
 from store import validate
@@ -34,7 +35,7 @@ def test_generated_parts_are_up_to_date():
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_committed_charts_were_drawn_from_the_committed_numbers(folder):
-    consolidated = report.load_results(ROOT / folder)
+    consolidated = readings.load_results(ROOT / folder)
     assert charts.stale(consolidated, ROOT / folder) == []
     assert (ROOT / folder / "visualizations" / "decode_speed.png").exists()
 
@@ -42,7 +43,7 @@ def test_committed_charts_were_drawn_from_the_committed_numbers(folder):
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_committed_results_are_whole(folder):
     """Every record keeps the schema, none failed, random weights carry no quality, an unsound A/A comparison is said."""
-    consolidated = report.load_results(ROOT / folder)
+    consolidated = readings.load_results(ROOT / folder)
     for record in consolidated["results"]:
         validate(record)
         assert record["status"] in ("ok", "unsupported"), record["reason"]

@@ -12,6 +12,7 @@ from rich.console import Console
 import axis_charts
 import chart_parts
 import charts
+import readings
 import report
 
 REASON = "oneDNN has no int8 matrix product for <this CPU> | see README"
@@ -116,7 +117,7 @@ def test_targets_are_passed_missed_or_not_measured(results):
     table = report.markdown_table(results).split("| Recipe")[1]
     assert "Decode +60 % | Memory -35 % | Retention 97 %" in table
     row = line_of(table, "INT8 weights")
-    assert "pass (+194.0 %) | pass (-65.0 %) | pass (99.54 %) | pass | 3.55x" in row
+    assert "pass (+194.0 %) | pass (-65.0 %) | pass (99.54 % [99.1, 99.9]) | pass | 3.55x | 3.80x [3.65, 3.91]" in row
     row = line_of(report.markdown_table(without_quality(results)).split("| Recipe")[1], "INT8 weights")
     assert "pass (-65.0 %) | not measured | not measured |" in row
 
@@ -131,7 +132,7 @@ def test_markdown_cells_are_escaped_and_every_row_is_complete(results):
     markdown = report.markdown_table(results)
     assert "&#60;this CPU&#62; &#124; see README" in markdown
     rows = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in rows} == {6, 7}
+    assert {line.count("|") for line in rows} == {6, 8}
     results["results"][1]["title"] = "a\nb | [bold]c[/bold]"
     assert "a b &#124; [bold]c[/bold]" in report.markdown_table(results)
     assert "[bold]c[/bold]" in shown(results), "terminal markup in a title stays text"
@@ -151,8 +152,8 @@ def test_without_an_interleaved_factor_the_two_speeds_are_compared(results):
 
 
 def test_a_change_that_rounds_to_nothing_has_no_sign():
-    assert report.percent(0.99999) == report.percent(1.0) == "0.0 %" and report.percent(None) == ""
-    assert report.percent(1.0432, (1.012, 1.0641)) == "+4.3 % [+1.2, +6.4]"
+    assert readings.percent(0.99999) == readings.percent(1.0) == "0.0 %" and readings.percent(None) == ""
+    assert readings.percent(1.0432, (1.012, 1.0641)) == "+4.3 % [+1.2, +6.4]"
 
 
 def mostly_null(consolidated):
@@ -340,7 +341,7 @@ def test_a_missing_or_broken_file_is_one_sentence(tmp_path, content, capsys):
     if content is not None:
         (tmp_path / "consolidated_results.json").write_text(content)
     with pytest.raises(ValueError, match=r"consolidated_results\.json"):
-        report.load_results(tmp_path)
+        readings.load_results(tmp_path)
     assert report.main([str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
     assert not (tmp_path / "visualizations").exists()
