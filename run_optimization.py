@@ -38,11 +38,13 @@ RECIPES = {
     "int8+kv8+lean": ("Int8 + int8 KV + lean", [("quantization", {"scheme": "grouped"}), ("kv_cache_quant", {}), LEAN]),
     "int4+lean": ("Int4 + lean", [("int4", {}), LEAN]),
     "int4x6+lean": ("Int4 and int8, 6 bits + lean", [("int4", {"max_bits": 6.0}), LEAN]),
+    "int4x7+lean": ("Int4 and int8, 7 bits + lean", [("int4", {"max_bits": 7.0}), LEAN]),
 }
 # Measured only where asked for, by name or with `--recipes all`: they show why the others are as they are, or (GPTQ, smoothing)
 # calibrate for minutes.
 ASKED_FOR = {
     "int8_dynamic", "int8_original", "int8_weight_only", "int8_classic", "lean", "int8+kv8+lean", "int4+lean", "int4x6+lean",
+    "int4x7+lean",
 }  # fmt: skip
 
 
