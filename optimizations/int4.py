@@ -13,8 +13,9 @@ Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss mos
         and up: lean decode multiplies them as one. `none`, or names, choose by hand.
 Helps   Decode at batch 1 is bound by reading weights: half the bytes of int8.
 Loses   Quality, against int8, and more of it on text unlike the calibration text: SmolLM2 at 4.6 bits loses 4 % on news, 12 %
-        on Wikipedia; at 7 bits 1.5 and 2.3 %. Minutes of calibration the first time. SmolLM2's file was rounded before, to another grid
-        (Q4_1: groups of 32): its weights are 4-bit values already, but not ours. Random weights are rounded to nearest.
+        on Wikipedia; at 7 bits 1.5 and 2.3 %. Minutes of calibration the first time. SmolLM2's file was rounded before, to
+        another grid (Q4_1: groups of 32): its weights are 4-bit values already, but not ours. Random weights are rounded to
+        nearest.
 Papers  Frantar et al. 2022 (GPTQ): https://arxiv.org/abs/2210.17323
         Behdin et al. 2023 (QuantEase, codes improved in turn): https://arxiv.org/abs/2309.01885
         Arai and Ichikawa 2025 (QEP, the correction): https://arxiv.org/abs/2504.09629
