@@ -24,11 +24,11 @@ def depth_speed(consolidated, records):
     axes.set_ylabel("decode tokens per second (higher is better)")
     axes.set_ylim(bottom=0)
     notes = []
-    for record in (r for r in records if _has_cache_technique(r)):
-        rival = next((r for r in records if r["steps"] == _without_cache_technique(record)), None)
-        name = label(rival) if rival else "the baseline"
-        of_rival = {depth: speed for depth, (_, speed) in lines[id(rival)].items()} if rival else dict(reference)
-        speeds = {d: (of_rival.get(d), speed) for d, (_, speed) in lines[id(record)].items()}
+    for record in filter(_has_cache_technique, records):
+        name, speeds = "the baseline", lines[id(record)]
+        if rival := next((r for r in records if r.get("steps") == _without_cache_technique(record)), None):
+            name, others = label(rival), lines[id(rival)]
+            speeds = {depth: (others[depth][1], speed) for depth, (_, speed) in speeds.items() if depth in others}
         notes.append(_crossover(label(record), name, speeds))
     return finish(
         axes,
@@ -71,7 +71,7 @@ def cache_memory(consolidated, records):
 
 
 def _has_cache_technique(record):
-    return len(_without_cache_technique(record)) < len(record.get("steps") or [])
+    return any(step["technique"] == "kv_cache_quant" for step in record.get("steps") or [])
 
 
 def _without_cache_technique(record):
