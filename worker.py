@@ -8,10 +8,13 @@ below the pipeline knows them.
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.connection
+import os
 import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from dataclasses import dataclass, field
@@ -146,14 +149,21 @@ def _reason_of_death(exit_code: int | None, command: str) -> tuple[str, str]:
     return "failed", f"the worker ended during {command} (exit code {exit_code})"
 
 
+def _end_with_parent() -> None:
+    """Else a worker whose parent was killed would calibrate on, for minutes and on every core, for nobody."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
 def _serve(connection, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     worker = _Worker(job)
     while True:
         try:
             command, arguments = connection.recv()
         except (EOFError, OSError):
-            return  # the parent is gone or has closed its end
+            return  # the parent has closed its end
         try:
             reply = ("ok", getattr(worker, command)(**arguments))
         except FloatingPointError as error:
