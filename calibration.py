@@ -1,7 +1,8 @@
 """What techniques may learn from text: token windows of the calibration part, and the second moments of layer inputs.
 
-The calibration text never overlaps the evaluation text (texts.py). Random weights have no words: their windows are
-seeded random ids, so that every technique still runs for its speed and size.
+The calibration text never overlaps the evaluation text (texts.py). A share of it may be written by the model itself
+(kernels/generated_text.py), which keeps what is learnt from holding for one kind of text only. Random weights have no
+words: their windows are seeded random ids, so that every technique still runs for its speed and size.
 """
 
 from __future__ import annotations
@@ -12,33 +13,44 @@ import torch
 
 import models
 import texts
+from kernels.generated_text import generated_windows
 
+WINDOW = 512
 REFIT_TOKENS = 65536  # bounds time where there is more text than the embedded one has
 REFIT_BYTES = 2e9  # bounds what refitting holds besides the model (kernels/compensation.py)
 
 
-def calibration_ids(model, *, tokens: int, window: int = 512) -> torch.Tensor:
-    """At least one window of calibration text in the model's own tokens: int64 [tokens // window, window], on its device.
+def calibration_ids(model, *, tokens: int, generated_share: float = 0.0) -> torch.Tensor:
+    """Windows of calibration text in the model's own tokens: int64 [tokens // 512 or fewer, 512], one at least, on its device.
 
-    Windows are spread evenly over the text. Raises ValueError where the text is shorter than one window.
+    Windows are spread evenly over the text; a `generated_share` of them, as far as they go, the model wrote itself, in a random
+    order among the others. Raises ValueError where the text is shorter than one window.
     """
-    count = max(1, tokens // window)
+    count = max(1, tokens // WINDOW)
     tokenizer = models.load_tokenizer(model.source)
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(model.config.vocab_size, (count, window), generator=generator).to(model.device)
+        return torch.randint(model.config.vocab_size, (count, WINDOW), generator=generator).to(model.device)
     ids = torch.tensor(tokenizer(texts.load_text("calibration").content, verbose=False).input_ids)
-    available = len(ids) // window
-    if available == 0:
-        raise ValueError(f"the calibration text has {len(ids)} tokens: fewer than one window of {window}")
-    chosen = torch.linspace(0, available - 1, min(count, available)).round().long()
-    return ids[: available * window].view(available, window)[chosen].to(model.device)
+    text = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW).to(model.device)
+    if len(text) == 0:
+        raise ValueError(f"the calibration text has {len(ids)} tokens: fewer than one window of {WINDOW}")
+    own = text[:0]
+    if wanted := round(count * generated_share):
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        own = generated_windows(model, start, window=WINDOW)[:wanted]
+    chosen = torch.linspace(0, len(text) - 1, min(count - len(own), len(text))).round().long()
+    windows = torch.cat([text[chosen], own])
+    if len(own):
+        windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
+    return windows
 
 
 def refit_windows(model) -> torch.Tensor:
-    """To rank, refit and heal on, int64 [W, 512]: all of the embedded text that memory allows; two windows of random ids for
-    random weights."""
-    return calibration_ids(model, tokens=1024 if model.source.random_weights else refit_tokens(model.config))
+    """To rank, refit and heal on, int64 [W, 512]: as much text as memory allows, a quarter of it the model's own; two windows
+    of random ids for random weights."""
+    tokens = 2 * WINDOW if model.source.random_weights else refit_tokens(model.config)
+    return calibration_ids(model, tokens=tokens, generated_share=0.25)
 
 
 def refit_tokens(config) -> int:

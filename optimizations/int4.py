@@ -7,7 +7,8 @@ Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in 
         calibration text tell; then grid and codes are improved in turn. Blocks are visited in order: each layer sees what
         the rounded layers before it hand on; with `--correction` its weights first move towards those that give the float
         model's outputs on these inputs. At last scales, minimums and norms learn the float model's answers for
-        `--tune-steps` steps, the codes standing still. The result is cached in ~/.cache/tinyllama-optimization.
+        `--tune-steps` steps, the codes standing still. Half of the calibration text the model writes itself, which keeps
+        what is learnt from holding for news alone. The result is cached in ~/.cache/tinyllama-optimization.
 Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss most per bit int8 instead, as far as
         `--max-bits` allows: 4.6 is int4 with a few exceptions, 6 a mixture. q, k and v count as one layer, and so do gate
         and up: lean decode multiplies them as one. `none`, or names, choose by hand.
@@ -44,8 +45,9 @@ from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.blockwise import STAGES, round_blockwise
 from kernels.calibration_cache import CalibrationCache
+from kernels.form_cache import cached_forms, save_forms
 from kernels.gated_mlp import use_gated_mlps
-from kernels.int4 import GROUP_SIZES, nearest_change, pack_nibbles, unpack_nibbles
+from kernels.int4 import GROUP_SIZES, nearest_change
 from kernels.int4_modules import Int4Linear, Int4Table
 from kernels.int8_modules import Int8Linear, Int8Table
 from kernels.modules import is_tied, replace_linears
@@ -61,7 +63,8 @@ ROUNDING_CODE = ("gptq.py", "blockwise.py", "int4.py")  # a change of the maths 
 @streams
 def apply(
     model, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 8192, tune_steps: int = 32,
+    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384,
+    generated_share: float = 0.5, tune_steps: int = 32,
 ):  # fmt: skip
     """Quantise in place; sets `model.effective_bits`, stored bits per weight over linear layers and embedding.
 
@@ -71,7 +74,8 @@ def apply(
     """
     check(
         model.config, group_size=group_size, rounding=rounding, int8_layers=int8_layers, max_bits=max_bits,
-        damping=damping, correction=correction, calibration_tokens=calibration_tokens, tune_steps=tune_steps,
+        damping=damping, correction=correction, calibration_tokens=calibration_tokens, generated_share=generated_share,
+        tune_steps=tune_steps,
     )  # fmt: skip
     if not all(hasattr(layer, "self_attn") for layer in model.model.layers):
         raise ValueError("some layers have no attention any more: int4 wants all of it, apply it without layer_pruning")
@@ -85,17 +89,19 @@ def apply(
         notes.append("random weights have no text to calibrate on: rounded to nearest, int8 layers by position")
     if real and (rounding == "gptq" or int8_layers == "auto"):
         read_weights(model)  # to calibrate
-    upgraded = _int8_names(model, linears, int8_layers, max_bits=max_bits, group_size=group_size)
+    text = functools.partial(calibration.calibration_ids, model, generated_share=generated_share)
+    upgraded = _int8_names(model, linears, int8_layers, text, max_bits=max_bits, group_size=group_size)
     layers = len(linears)
     del linears  # its modules would keep every replaced weight alive
     forms, norms = {}, {}
     if rounding == "gptq":
-        ids = calibration.calibration_ids(model, tokens=calibration_tokens)
+        ids = text(tokens=calibration_tokens)
         options = {"group_size": group_size, "damping": damping, "correction": correction}
         cache, forms = _gptq_forms(model, ids, tied=tied, int8=upgraded, **options)
         if tune_steps:
             rounded = forms
-            forms, norms = _tuned_forms(model, rounded, cache, tied=tied, group_size=group_size, steps=tune_steps)
+            ids = text(tokens=(tune_steps + HELD_OUT_MOST) * calibration.WINDOW)
+            forms, norms = _tuned_forms(model, rounded, cache, ids, tied=tied, group_size=group_size, steps=tune_steps)
             learnt = any(not torch.equal(forms[name][1].float(), rounded[name][1].float()) for name in forms)
             outcome = "scales, minimums and norms learnt" if learnt else "nothing kept, held-out text did not gain"
             notes.append(f"tuned for {tune_steps} steps: {outcome}")
@@ -124,7 +130,8 @@ def apply(
 
 def check(
     config, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 8192, tune_steps: int = 32,
+    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384,
+    generated_share: float = 0.5, tune_steps: int = 32,
 ) -> None:  # fmt: skip
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if group_size not in GROUP_SIZES:
@@ -139,6 +146,8 @@ def check(
         raise ValueError(f"--correction {correction:g}: choose a number from 0 to 1")
     if calibration_tokens < 512:
         raise ValueError(f"--calibration-tokens {calibration_tokens}: choose 512 or more")
+    if not 0 <= generated_share <= 1:
+        raise ValueError(f"--generated-share {generated_share:g}: choose a number from 0 to 1")
     if not 0 <= tune_steps <= 10_000:
         raise ValueError(f"--tune-steps {tune_steps}: choose from 0 (no tuning) to 10000")
     if int8_layers not in ("auto", "none"):
@@ -156,50 +165,26 @@ def effective_bits(model) -> float:
 def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, int8: list[str], **options) -> tuple[CalibrationCache, dict]:
     """Codes, scale and minimum by layer name, from the cache if found before; and that cache."""
     cache = CalibrationCache.of(model, ids, code=ROUNDING_CODE, int8=sorted(int8), **options)
-    forms, _ = _cached_forms(cache, "gptq", model)
+    forms, _ = cached_forms(cache, "gptq", model)
     if forms is None:
         forms = round_blockwise(model, ids, tied=tied, int8=int8, **options)
-        _save_forms(cache, "gptq", forms)
+        save_forms(cache, "gptq", forms)
     return cache, forms
 
 
-def _tuned_forms(model, forms: dict, cache: CalibrationCache, *, tied: bool, group_size: int, steps: int) -> tuple[dict, dict]:
-    """Like `forms`, which `cache` holds, but tuned; and weights of norms by name."""
-    ids = calibration.calibration_ids(model, tokens=(steps + HELD_OUT_MOST) * 512)
+def _tuned_forms(
+    model, forms: dict, cache: CalibrationCache, ids: torch.Tensor, *, tied: bool, group_size: int, steps: int
+) -> tuple[dict, dict]:
+    """Like `forms`, which `cache` holds, but tuned on `ids`; and weights of norms by name."""
     tuned_cache = CalibrationCache.of(model, ids, code=("tuning.py", "healing.py"), rounding=cache.folder.name, steps=steps)
-    tuned, norms = _cached_forms(tuned_cache, "tuned", model)
+    tuned, norms = cached_forms(tuned_cache, "tuned", model)
     if tuned is None:
         tuned, norms = tune(model, ids, forms, group_size=group_size, steps=steps, tied=tied)
-        _save_forms(tuned_cache, "tuned", tuned, norms)
+        save_forms(tuned_cache, "tuned", tuned, norms)
     return tuned, norms
 
 
-def _save_forms(cache: CalibrationCache, name: str, forms: dict, norms: dict | None = None) -> None:
-    tensors = dict(norms or {})
-    for layer, (codes, scale, minimum) in forms.items():
-        tensors |= {f"{layer}.codes": pack_nibbles(codes), f"{layer}.scale": scale, f"{layer}.minimum": minimum}
-    cache.save_tensors(name, tensors)
-
-
-def _cached_forms(cache: CalibrationCache, name: str, model) -> tuple[dict | None, dict]:
-    """What `_save_forms` stored, on the model's device; (None, {}) where there is nothing."""
-    tensors = cache.tensors(name, model.device)
-    if tensors is None:
-        return None, {}
-    layers = [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]
-    forms = {
-        layer: (
-            unpack_nibbles(tensors[f"{layer}.codes"], model.get_submodule(layer).in_features),
-            tensors[f"{layer}.scale"],
-            tensors[f"{layer}.minimum"],
-        )
-        for layer in layers
-    }
-    # Copied: one tensor that stays with the model would keep the whole file mapped, 70 MB of it resident.
-    return forms, {key: tensor.clone() for key, tensor in tensors.items() if key.endswith("norm.weight")}
-
-
-def _int8_names(model, linears: dict, int8_layers: str, *, max_bits: float, group_size: int) -> list[str]:
+def _int8_names(model, linears: dict, int8_layers: str, text, *, max_bits: float, group_size: int) -> list[str]:
     """Which layers get int8, the embedding among them where it is a table of its own."""
     tied = is_tied(model)
     if int8_layers == "none":
@@ -213,13 +198,12 @@ def _int8_names(model, linears: dict, int8_layers: str, *, max_bits: float, grou
     if model.source.random_weights:
         costs = costs_by_position(added, len(model.model.layers))
     else:
-        costs = _measured_costs(model, candidates, group_size=group_size, tied=tied)
+        costs = _measured_costs(model, candidates, text(tokens=SENSITIVITY_TOKENS), group_size=group_size, tied=tied)
     return choose_upgrades(costs, added, max_bits * sum(n * k for n, k in shapes.values()) - spent)
 
 
-def _measured_costs(model, candidates: dict, *, group_size: int, tied: bool) -> dict[str, float]:
-    """What rounding each layer alone to nearest costs, in nats per token; from the cache if measured before."""
-    ids = calibration.calibration_ids(model, tokens=SENSITIVITY_TOKENS)
+def _measured_costs(model, candidates: dict, ids: torch.Tensor, *, group_size: int, tied: bool) -> dict[str, float]:
+    """What rounding each layer alone to nearest costs on `ids`, in nats per token; from the cache if measured before."""
     cache = CalibrationCache.of(model, ids, code=("sensitivity.py", "int4.py"), group_size=group_size)
     if (known := cache.json("costs")) is not None:
         return known
@@ -284,6 +268,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--correction", type=float, default=defaults["correction"],
         help="GPTQ: share of the earlier layers' errors that each layer makes good (default: %(default)s)")  # fmt: skip
     parser.add_argument("--calibration-tokens", type=int, default=defaults["calibration_tokens"], help="default: %(default)s")
+    parser.add_argument("--generated-share", type=float, default=defaults["generated_share"],
+        help="share of the calibration windows that the model writes itself (default: %(default)s)")  # fmt: skip
     parser.add_argument("--tune-steps", type=int, default=defaults["tune_steps"],
         help="then scales and norms learn the float model's answers; 0: rounding only (default: %(default)s)")  # fmt: skip
     args = cli.parse(parser, argv)
