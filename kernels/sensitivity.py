@@ -95,9 +95,11 @@ def added_bits(shapes: dict[str, tuple[int, int]], group_size: int) -> tuple[dic
 
 
 def costs_by_position(added: dict[str, float], blocks: int) -> dict[str, float]:
-    """A rule instead of a measurement, for weights without meaning: lm_head first, then down_proj from both ends inwards."""
-    ranks = dict.fromkeys(added, 0.0)
+    """A rule instead of a measurement, for weights without meaning: lm_head first, then from both ends inwards, down_proj
+    before q, k and v, these before o_proj, gate and up last; never the input embedding."""
+    ranks = {"lm_head": 2.0}
     for index in range(blocks):
-        ranks[f"model.layers.{index}.mlp.down_proj"] = 1 / (1 + min(index, blocks - 1 - index))
-    ranks["lm_head"] = 2.0
-    return {name: ranks[name] * added[name] for name in added if ranks[name]}
+        inwards = 1 + min(index, blocks - 1 - index)
+        for stage, weight in zip(reversed(STAGES), (1.0, 0.125, 0.25, 0.5), strict=True):
+            ranks |= {f"model.layers.{index}.{name}": weight / inwards for name in stage}
+    return {name: ranks[name] * bits for name, bits in added.items() if name in ranks}

@@ -194,6 +194,14 @@ def test_random_weights_are_rounded_to_nearest_and_say_so(monkeypatch):
     assert not calibration_cache.ROOT.exists()
 
 
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_random_weights_come_as_near_the_bits_asked_for_as_others(bits, monkeypatch):
+    """By position, too, every kind of layer can have int8: TinyLlama's lm_head and down_proj alone would end at 5.6 bits."""
+    monkeypatch.setenv("TINYOPT_NO_KERNELS", "1")  # whose panels are padded
+    model = int4.apply(tiny("three_a_group", random_weights=True), max_bits=bits)
+    assert bits - 0.7 < model.effective_bits <= bits
+
+
 def test_works_after_smoothing_and_pruning(ids):
     model = head_pruning.apply(smoothing.apply(tiny("three_a_group")), prune_ratio=0.3)
     expected = logits_of(model, ids)
