@@ -3,7 +3,8 @@
 Idea    A weight is round(w / scale) in [-127, 127], scale = absmax / 127. Decode at batch 1 is bound by reading weights, so a
         quarter of the bytes is up to four times the speed; with int8 activations the products are integer too, which
         speeds up prefill. Symmetric throughout: no zero points.
-Schemes grouped      one scale per 64 inputs, for weights and for activations (quantised per token, on the fly)
+Schemes grouped      one scale per 64 inputs, for weights and for activations (quantised per token, on the fly); per 32 in
+                     the layers of `--fine-layers`: down_proj, whose inputs are products of two and the most spread
         dynamic      the original's: one scale per output channel, one per token. An outlier in a token's
                      activations coarsens the whole token, which costs a small model 5 % of its perplexity; outliers
                      are therefore moved into the weights first (`--smoothing`), on calibration text, which costs it 2 %
@@ -45,18 +46,19 @@ SCHEMES = ("auto", "grouped", "dynamic", "weight-only", "classic")
 @streams
 def apply(
     model, *, scheme: str = "auto", granularity: str = "channel", group_size: int = 64, embeddings: str = "int8",
-    float_activations: str = "", smoothing: float | None = None,
+    fine_layers: str = "down_proj", float_activations: str = "", smoothing: float | None = None,
 ):  # fmt: skip
     """Quantise in place. `embeddings` int8 stores the input table as int8 rows (a tied table is shared with lm_head).
 
-    `granularity` (channel or tensor) applies to dynamic and weight-only, `group_size` to grouped. `float_activations` names
-    layers, separated by commas, whose inputs stay in floating point. `smoothing` is the share of an activation's outliers that
-    moves into the weights first (kernels/smoothing.py); by itself 0.7 for dynamic, where the model has words, else 0.
+    `granularity` (channel or tensor) applies to dynamic and weight-only, `group_size` to grouped, half of it to the
+    `fine_layers`, named by kind and separated by commas. `float_activations` names layers whose inputs stay in floating point.
+    `smoothing` is the share of an activation's outliers that moves into the weights first (kernels/smoothing.py); by itself 0.7
+    for dynamic, where the model has words, else 0.
     Raises ValueError if no nn.Linear is left to quantise, Unsupported where the device cannot run the scheme.
     """
     check(
         model.config, scheme=scheme, granularity=granularity, group_size=group_size, embeddings=embeddings,
-        float_activations=float_activations, smoothing=smoothing,
+        fine_layers=fine_layers, float_activations=float_activations, smoothing=smoothing,
     )  # fmt: skip
     if scheme == "auto":
         scheme = "grouped" if model.device.type == "cpu" else "weight-only"
@@ -73,14 +75,18 @@ def apply(
         read_weights(model)
         note = smooth(model, calibration_ids(model, tokens=CALIBRATION_TOKENS), smoothing)
         model.notes = [*getattr(model, "notes", []), note]
-    in_float = LAYERS if scheme == "weight-only" else _names(float_activations)
-    form = {"group_size": group_size if scheme == "grouped" else None, "per_tensor": granularity == "tensor"}
-    replace_linears(
-        model, lambda name, linear: Int8Linear(linear, int8_activations=name.rpartition(".")[2] not in in_float, **form)
-    )
+    in_float, fine = LAYERS if scheme == "weight-only" else _names(float_activations), _names(fine_layers)
+    group = group_size if scheme == "grouped" else None
+
+    def make(name: str, linear: nn.Module) -> nn.Module:
+        kind = name.rpartition(".")[2]
+        size = _half(group) if group and kind in fine else group
+        return Int8Linear(linear, group_size=size, int8_activations=kind not in in_float, per_tensor=granularity == "tensor")
+
+    replace_linears(model, make)
     if embeddings == "int8":
         shared = model.lm_head if tied else None
-        model.set_input_embeddings(Int8Table(model.get_input_embeddings(), group_size=form["group_size"], shared=shared))
+        model.set_input_embeddings(Int8Table(model.get_input_embeddings(), group_size=group, shared=shared))
     read_weights(model)  # the table, where it stays float32
     use_grouped_heads(model)
     use_gated_mlps(model)
@@ -90,8 +96,9 @@ def apply(
 
 
 def check(
-    config, *, scheme="auto", granularity="channel", group_size=64, embeddings="int8", float_activations="", smoothing=None
-) -> None:
+    config, *, scheme="auto", granularity="channel", group_size=64, embeddings="int8", fine_layers="down_proj",
+    float_activations="", smoothing=None,
+) -> None:  # fmt: skip
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if scheme not in SCHEMES:
         raise ValueError(f"--scheme {scheme}: choose from {', '.join(SCHEMES)}")
@@ -99,13 +106,18 @@ def check(
         raise ValueError(f"--granularity {granularity}: choose channel or tensor")
     if embeddings not in ("int8", "float"):
         raise ValueError(f"--embeddings {embeddings}: choose int8 or float")
-    unknown = _names(float_activations) - LAYERS
-    if unknown:
-        raise ValueError(f"--float-activations {min(unknown)}: choose from {', '.join(sorted(LAYERS))}")
+    for flag, value in (("--fine-layers", fine_layers), ("--float-activations", float_activations)):
+        if unknown := _names(value) - LAYERS:
+            raise ValueError(f"{flag} {min(unknown)}: choose from {', '.join(sorted(LAYERS))}")
     if smoothing is not None and not 0 <= smoothing <= 1:
         raise ValueError(f"--smoothing {smoothing:g}: choose a number from 0 to 1")
     if group_size < 4 or group_size % 4:
         raise ValueError(f"--group-size {group_size}: choose a multiple of 4, e.g. 32, 64 or 128")
+
+
+def _half(group_size: int) -> int:
+    """The kernels take groups of multiples of 4."""
+    return max(4, group_size // 8 * 4)
 
 
 def _names(comma_list: str) -> set[str]:
@@ -147,6 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--group-size", type=int, default=defaults["group_size"], help="inputs per scale (default: %(default)s)"
     )
+    parser.add_argument("--fine-layers", default=defaults["fine_layers"], metavar="LAYER[,LAYER...]",
+        help="layers that get groups of half the size, or '' (default: %(default)s)")  # fmt: skip
     parser.add_argument("--embeddings", choices=["int8", "float"], default=defaults["embeddings"],
         help="how the input embedding table is stored (default: %(default)s)")  # fmt: skip
     parser.add_argument("--float-activations", default=defaults["float_activations"], metavar="LAYER[,LAYER...]",

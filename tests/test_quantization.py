@@ -83,8 +83,29 @@ def test_named_layers_keep_float_activations():
     assert kept == {"down_proj", "lm_head"}
 
 
+def test_fine_layers_have_groups_of_half_the_size():
+    """down_proj by default, only where there are groups; and a group stays a multiple of 4."""
+
+    def sizes(model):
+        return {name.rpartition(".")[2]: m.group_size for name, m in model.named_modules() if isinstance(m, Int8Linear)}
+
+    default = sizes(apply(make_tiny(), group_size=32))
+    assert default.pop("down_proj") == 16 and set(default.values()) == {32}
+    assert sizes(apply(make_tiny(), group_size=12, fine_layers="o_proj,lm_head"))["o_proj"] == 4
+    assert set(sizes(apply(make_tiny(), group_size=32, fine_layers="")).values()) == {32}
+    assert sizes(apply(make_tiny(), scheme="dynamic"))["down_proj"] == 128
+
+
 @pytest.mark.parametrize(
-    "options", [{"scheme": "int4"}, {"granularity": "row"}, {"group_size": 6}, {"embeddings": "no"}, {"float_activations": "x"}]
+    "options",
+    [
+        {"scheme": "int4"},
+        {"granularity": "row"},
+        {"group_size": 6},
+        {"embeddings": "no"},
+        {"float_activations": "x"},
+        {"fine_layers": "embed"},
+    ],
 )
 def test_bad_options_name_the_flag(options):
     with pytest.raises(ValueError, match="--" + next(iter(options)).replace("_", "-")):
