@@ -69,7 +69,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, i
   Weight w = check_weight("int8_linear", x, packed, n, 4, at::kChar);
   w.group = group;
   w.scale = check_scale("int8_linear", scale, w);
-  if (use_many(Kind::kInt8, x.size(0), w)) return multiply_many(Kind::kInt8, checked, w, bias);
+  if (auto* many = loops_for(Kind::kInt8, x.size(0), w)) return multiply_many(*many, Kind::kInt8, checked, w, bias);
   return multiply_few(active->int8, int8_rows(checked, group), w, bias);
 }
 
@@ -82,7 +82,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, c
   w.group = group;
   w.scale = check_scale("int4_linear", scale, w);
   w.minimum = check_scale("int4_linear", minimum, w);
-  if (use_many(Kind::kInt4, x.size(0), w)) return multiply_many(Kind::kInt4, checked, w, bias);
+  if (auto* many = loops_for(Kind::kInt4, x.size(0), w)) return multiply_many(*many, Kind::kInt4, checked, w, bias);
   return multiply_few(active->int4, int8_rows(checked, group), w, bias);
 }
 
@@ -93,7 +93,8 @@ Tensor int8_weight_only_linear(const Tensor& x, const Tensor& packed, const Tens
   Weight w = check_weight("int8_weight_only_linear", x, packed, n, 4, at::kChar);
   w.group = group;
   w.scale = check_scale("int8_weight_only_linear", scale, w);
-  if (use_many(Kind::kInt8WeightOnly, x.size(0), w)) return multiply_many(Kind::kInt8WeightOnly, checked, w, bias);
+  const Kind kind = Kind::kInt8WeightOnly;
+  if (auto* many = loops_for(kind, x.size(0), w)) return multiply_many(*many, kind, checked, w, bias);
   return multiply_few(active->weight_only, float_rows(checked, 4), w, bias);
 }
 
@@ -101,7 +102,7 @@ Tensor int8_weight_only_linear(const Tensor& x, const Tensor& packed, const Tens
 Tensor bf16_linear(const Tensor& x, const Tensor& packed, int64_t n, const optional<Tensor>& bias) {
   const Tensor checked = check_x("bf16_linear", x, n, bias);
   const Weight w = check_weight("bf16_linear", x, packed, n, 2, at::kBFloat16);
-  if (use_many(Kind::kBFloat16, x.size(0), w)) return multiply_many(Kind::kBFloat16, checked, w, bias);
+  if (auto* many = loops_for(Kind::kBFloat16, x.size(0), w)) return multiply_many(*many, Kind::kBFloat16, checked, w, bias);
   return multiply_few(active->bf16, float_rows(checked, 2), w, bias);
 }
 

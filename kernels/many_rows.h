@@ -12,17 +12,17 @@ enum class Kind { kInt8, kInt4, kInt8WeightOnly, kBFloat16 };
 
 #if defined(__x86_64__)
 
-// Whether `m` rows of groups of `group` inputs go through the loops for many rows.
-bool use_many(Kind kind, int64_t m, const Weight& w) {
-  const bool integers = kind == Kind::kInt8 || kind == Kind::kInt4;
-  if (m <= kFewRows || (integers ? active->many.int8 : active->many.bf16) == nullptr) return false;
-  return !integers || !active->many.tiles || w.group % 64 == 0 || w.group == w.k;
+// The loops for `m` rows of this product; null where a few rows at a time are as good as it gets.
+const ManyRows* loops_for(Kind kind, int64_t m, const Weight& w) {
+  const bool integers = kind == Kind::kInt8 || kind == Kind::kInt4, whole_tiles = w.group % 64 == 0 || w.group == w.k;
+  const ManyRows* many = integers && active->many.tiles && !whole_tiles ? &kInt8Vectors : &active->many;
+  return m > kFewRows && (integers ? many->int8 : many->bf16) ? many : nullptr;
 }
 
 // Rows as the blocks want them: int8 with scales and sums, or bfloat16. On matrix units in tiles, 32 rows of them for
 // every 32 rows or part of them; else the extra 64 bytes keep rows of 2^n inputs off the same cache sets.
-Rows rows_for_blocks(Kind kind, const Tensor& x, int64_t group) {
-  const bool integers = kind == Kind::kInt8 || kind == Kind::kInt4, tiles = active->many.tiles;
+Rows rows_for_blocks(Kind kind, const Tensor& x, int64_t group, bool tiles) {
+  const bool integers = kind == Kind::kInt8 || kind == Kind::kInt4;
   const int64_t m = x.size(0), k = x.size(1), groups = ceil_div(k, group), inputs = integers ? 64 : 32;
   const int64_t steps = ceil_div(k, inputs), padded = tiles ? ceil_div(m, kMaxBlockRows) * kMaxBlockRows : m;
   Rows rows{at::empty({padded, (steps + !tiles) * inputs}, integers ? at::kChar : at::kBFloat16), {}, {}, m};
@@ -54,9 +54,9 @@ Tensor starts(Kind kind, const Rows& rows) {
 }
 
 // Makes one panel ready; returns where it is, in `scratch` or where it was.
-const char* ready_panel(Kind kind, const char* panel, const uint16_t* scale, const Weight& w, char* scratch) {
+const char* ready_panel(Kind kind, const char* panel, const uint16_t* scale, const Weight& w, bool tiles, char* scratch) {
   const int64_t lines = w.panel_bytes / 64;
-  if (kind == Kind::kBFloat16 || (kind == Kind::kInt8 && active->many.tiles)) return panel;
+  if (kind == Kind::kBFloat16 || (kind == Kind::kInt8 && tiles)) return panel;
   if (kind == Kind::kInt8) expand_unsigned(panel, lines, scratch);
   else if (kind == Kind::kInt4) expand_int4(panel, lines, scratch);
   else expand_bf16(panel, lines, scale, w.group, scratch);
@@ -67,10 +67,9 @@ TARGET_AVX512 void write_block(const float* from, int64_t rows, int64_t channels
   write_rows(from, kPair * kChannels, rows, channels, bias, y, n);
 }
 
-Tensor multiply_many(Kind kind, const Tensor& x, const Weight& w, const optional<Tensor>& bias) {
-  const ManyRows& many = active->many;
+Tensor multiply_many(const ManyRows& many, Kind kind, const Tensor& x, const Weight& w, const optional<Tensor>& bias) {
   const bool integers = kind == Kind::kInt8 || kind == Kind::kInt4;
-  const Rows rows = rows_for_blocks(kind, x, integers ? w.group : w.k);
+  const Rows rows = rows_for_blocks(kind, x, integers ? w.group : w.k, many.tiles);
   const Tensor start = integers ? starts(kind, rows) : Tensor();
   Tensor out = at::empty({rows.m, w.n}, at::kFloat);
   float* y = out.mutable_data_ptr<float>();
@@ -95,7 +94,7 @@ Tensor multiply_many(Kind kind, const Tensor& x, const Weight& w, const optional
         const uint16_t* scale = w.scale ? w.scale + offset : nullptr;
         b.w_scale[i] = scale_in_weights ? nullptr : scale;
         b.w_min[i] = w.minimum ? w.minimum + offset : nullptr;
-        b.w[i] = ready_panel(kind, w.data + panel * w.panel_bytes, scale_in_weights ? scale : nullptr, w,
+        b.w[i] = ready_panel(kind, w.data + panel * w.panel_bytes, scale_in_weights ? scale : nullptr, w, many.tiles,
                              static_cast<char*>(scratch.mutable_data_ptr()) + 2 * i * w.panel_bytes);
       }
       const int64_t first = pair * kPair * kChannels;
@@ -120,8 +119,8 @@ Tensor multiply_many(Kind kind, const Tensor& x, const Weight& w, const optional
 }
 
 #else
-bool use_many(Kind, int64_t, const Weight&) { return false; }
-Tensor multiply_many(Kind, const Tensor&, const Weight&, const optional<Tensor>&) { return {}; }
+const ManyRows* loops_for(Kind, int64_t, const Weight&) { return nullptr; }
+Tensor multiply_many(const ManyRows&, Kind, const Tensor&, const Weight&, const optional<Tensor>&) { return {}; }
 #endif
 
 }  // namespace

@@ -86,6 +86,11 @@ struct Variant {
 #define UP_TO_4(f) {f<1>, f<2>, f<3>, f<4>}
 #define UP_TO_8(f) {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>, f<7>, f<8>}
 
+#if defined(__x86_64__)
+// What a CPU with matrix units takes where groups of inputs do not fill tiles.
+constexpr ManyRows kInt8Vectors = {int8_block_avx512, nullptr, kVectorBlockRows, false, nullptr, nullptr};
+#endif
+
 // Best first. AVX2 has registers for the sums of 4 rows x 2 vectors, AVX512 for 8 rows.
 const Variant kVariants[] = {
 #if defined(HAVE_AMX)
