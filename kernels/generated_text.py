@@ -1,7 +1,8 @@
 """Calibration text that the model writes itself: a sample of everything it was trained on, where other text is of one kind.
 
-Calibrated on news alone, SmolLM2 in 4.6 bits keeps 96 % on news but 79 % on the Python manual; with half of the windows
-written by the model itself, 95 and 89 %. Nothing has to be downloaded, and no text of the evaluation can be among it.
+SmolLM2 in 4.6 bits, calibrated on news alone, keeps 96 % on news, 88 % on Wikipedia and 79 % on the Python manual; with half
+of the windows written by the model itself 94, 89 and 89 %. Nothing has to be downloaded, and no text of the evaluation can
+be among it.
 (Liu et al. 2023, LLM-QAT: https://arxiv.org/abs/2305.17888; Williams et al. 2024: https://arxiv.org/abs/2410.17170)
 """
 
