@@ -37,7 +37,8 @@ def calibration_ids(model, *, tokens: int, generated_share: float = 0.0) -> torc
         raise ValueError(f"the calibration text has {len(ids)} tokens: fewer than one window of {WINDOW}")
     own = text[:0]
     if wanted := round(count * generated_share):
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        start = next((mark for mark in marks if mark is not None), 0)  # a tokenizer without either: any token begins a text
         own = generated_windows(model, start, window=WINDOW)[:wanted]
     chosen = torch.linspace(0, len(text) - 1, min(count - len(own), len(text))).round().long()
     windows = torch.cat([text[chosen], own])

@@ -19,7 +19,7 @@ def model(tiny, monkeypatch, tmp_path):
     monkeypatch.setattr(generated_text, "WINDOWS", 4)
     monkeypatch.setattr(texts, "load_text", lambda part: texts.Text(part, "word " * 80))
     tokenizer = lambda text, **_: SimpleNamespace(input_ids=[7] * len(text.split()))  # noqa: E731
-    tokenizer.bos_token_id = 3
+    tokenizer.bos_token_id, tokenizer.eos_token_id = None, 3
     monkeypatch.setattr(models, "load_tokenizer", lambda source: tokenizer)
     model = tiny("grouped")
     model.source = models.ModelSource("tiny", "folder", "")
