@@ -33,4 +33,4 @@ test: setup lint
 SANITIZERS = $(shell for name in asan ubsan; do $(or $(CXX),g++) -print-file-name=lib$$name.so; done)
 sanitize: setup
 	LD_PRELOAD="$(SANITIZERS)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 TINYOPT_SANITIZE=1 \
-		$(BIN)/python -m pytest tests/test_kernels.py tests/test_lean.py -k "not classic" $(ARGS)
+		$(BIN)/python -m pytest tests/test_kernels.py tests/test_attention.py tests/test_lean.py -k "not classic" $(ARGS)

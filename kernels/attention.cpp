@@ -23,10 +23,6 @@ constexpr int64_t kBlock = 64;     // keys and values widened to float32 at a ti
 constexpr int64_t kSegment = 256;  // keys of one task; fixed, so that a sum's order does not depend on rows or threads
 constexpr int64_t kMaxHeadDim = 256;
 
-INLINE_BODY float widened(float v) { return v; }
-INLINE_BODY float widened(int8_t v) { return static_cast<float>(v); }
-INLINE_BODY float widened(uint16_t v) { return from_bf16(v); }
-
 struct Attention {
   const float* q;                        // [B, T, Hq, d]
   const void *keys, *values;             // [B, Hkv, capacity, d]
@@ -122,19 +118,6 @@ AttendFn attend_fn() {
   return attend_portable<KV>;
 }
 
-void check_cache(const char* op, const Tensor& cache, const optional<Tensor>& scale, int64_t length) {
-  const bool int8 = cache.scalar_type() == at::kChar;
-  TORCH_CHECK(cache.dim() == 4 && cache.is_cpu() && cache.is_contiguous() && length <= cache.size(2) &&
-                  cache.size(3) <= kMaxHeadDim && cache.size(3) % 2 == 0 &&
-                  (int8 || cache.scalar_type() == at::kFloat || cache.scalar_type() == at::kBFloat16),
-              op, ": keys and values must be contiguous float32, bfloat16 or int8 [B, Hkv, capacity, d], d even and at most ",
-              kMaxHeadDim, ", got ", cache.scalar_type(), " ", cache.sizes(), " for ", length, " tokens");
-  TORCH_CHECK(int8 == scale.has_value(), op, ": int8 keys and values need scales, others have none");
-  TORCH_CHECK(!scale || (scale->scalar_type() == at::kFloat && scale->is_contiguous() &&
-                         scale->sizes() == cache.sizes().slice(0, 3)),
-              op, ": scales must be contiguous float32 [B, Hkv, capacity]");
-}
-
 uint16_t bf16_bits(float v) { return c10::BFloat16(v).x; }
 
 // Puts one row of d numbers where token `token` of a cache has its place.
@@ -161,28 +144,52 @@ void keep(const float* row, int64_t d, const Tensor& cache, float* scales, int64
 
 }  // namespace
 
+void check_cache(const char* op, const Tensor& cache, const optional<Tensor>& scale, int64_t length) {
+  const bool int8 = cache.scalar_type() == at::kChar;
+  TORCH_CHECK(cache.dim() == 4 && cache.is_cpu() && cache.is_contiguous() && length <= cache.size(2) &&
+                  (int8 || cache.scalar_type() == at::kFloat || cache.scalar_type() == at::kBFloat16),
+              op, ": keys and values must be contiguous float32, bfloat16 or int8 [B, Hkv, capacity, d], got ",
+              cache.scalar_type(), " ", cache.sizes(), " for ", length, " tokens");
+  TORCH_CHECK(int8 == scale.has_value(), op, ": int8 keys and values need scales, others have none");
+  TORCH_CHECK(!scale || (scale->scalar_type() == at::kFloat && scale->is_contiguous() &&
+                         scale->sizes() == cache.sizes().slice(0, 3)),
+              op, ": scales must be contiguous float32 [B, Hkv, capacity]");
+}
+
+void check_attention(const char* op, const Tensor& q, const Tensor& keys, const Tensor& values,
+                     const optional<Tensor>& key_scale, const optional<Tensor>& value_scale, int64_t length) {
+  check_cache(op, keys, key_scale, length);
+  check_cache(op, values, value_scale, length);
+  TORCH_CHECK(q.dim() == 4 && q.scalar_type() == at::kFloat && q.is_cpu() && q.is_contiguous() && q.size(0) == keys.size(0) &&
+                  q.size(3) == keys.size(3) && q.size(1) <= length && keys.sizes() == values.sizes() &&
+                  keys.scalar_type() == values.scalar_type(),
+              op, ": q must be contiguous float32 [B, T, Hq, d] for keys ", keys.sizes(), ", got ", q.sizes());
+}
+
+std::vector<int64_t> kv_heads_of(const char* op, const optional<Tensor>& kv_of_head, int64_t heads, int64_t kv_heads) {
+  TORCH_CHECK(kv_of_head ? kv_of_head->numel() == heads : heads % kv_heads == 0, op, ": ", heads, " query heads on ",
+              kv_heads, " KV heads need a map");
+  std::vector<int64_t> kv(heads);
+  for (int64_t head = 0; head < heads; ++head) {
+    kv[head] = kv_of_head ? kv_of_head->const_data_ptr<int64_t>()[head] : head / (heads / kv_heads);
+    TORCH_CHECK(kv[head] >= 0 && kv[head] < kv_heads, op, ": no KV head ", kv[head]);
+  }
+  return kv;
+}
+
 // q float32 [B, T, Hq, d], the last T of `length` tokens -> float32 [B, T, Hq * d]. Row t sees length - T + t + 1 keys.
 Tensor attend(const Tensor& q, const Tensor& keys, const Tensor& values, const optional<Tensor>& key_scale,
               const optional<Tensor>& value_scale, int64_t length, double scaling, const optional<Tensor>& kv_of_head) {
-  check_cache("attend", keys, key_scale, length);
-  check_cache("attend", values, value_scale, length);
-  TORCH_CHECK(q.dim() == 4 && q.scalar_type() == at::kFloat && q.is_contiguous() && q.size(0) == keys.size(0) &&
-                  q.size(3) == keys.size(3) && q.size(1) <= length && keys.sizes() == values.sizes() &&
-                  keys.scalar_type() == values.scalar_type(),
-              "attend: q must be contiguous float32 [B, T, Hq, d] for keys ", keys.sizes(), ", got ", q.sizes());
+  check_attention("attend", q, keys, values, key_scale, value_scale, length);
+  TORCH_CHECK(q.size(3) <= kMaxHeadDim, "attend: d must be at most ", kMaxHeadDim, ", got ", q.size(3));
   Attention a{q.const_data_ptr<float>(), keys.const_data_ptr(), values.const_data_ptr(),
               key_scale ? key_scale->const_data_ptr<float>() : nullptr,
               value_scale ? value_scale->const_data_ptr<float>() : nullptr,
               q.size(0), q.size(1), q.size(2), keys.size(1), q.size(3), keys.size(2), length,
               static_cast<float>(scaling), {}, nullptr};
   a.readers.resize(a.kv_heads);
-  TORCH_CHECK(kv_of_head ? kv_of_head->numel() == a.heads : a.heads % a.kv_heads == 0, "attend: ", a.heads,
-              " query heads on ", a.kv_heads, " KV heads need a map");
-  for (int64_t head = 0; head < a.heads; ++head) {
-    const int64_t kv = kv_of_head ? kv_of_head->const_data_ptr<int64_t>()[head] : head / (a.heads / a.kv_heads);
-    TORCH_CHECK(kv >= 0 && kv < a.kv_heads, "attend: no KV head ", kv);
-    a.readers[kv].push_back(head);
-  }
+  const std::vector<int64_t> kv = kv_heads_of("attend", kv_of_head, a.heads, a.kv_heads);
+  for (int64_t head = 0; head < a.heads; ++head) a.readers[kv[head]].push_back(head);
   const Tensor partial = at::empty({a.batch * a.segments() * a.rows * a.heads * (a.d + 2)}, at::kFloat);
   a.partial = partial.mutable_data_ptr<float>();
   const AttendFn fn = keys.scalar_type() == at::kFloat ? attend_fn<float>()
@@ -220,6 +227,7 @@ Tensor rope_append(const Tensor& qkv, const Tensor& cos, const Tensor& sin, cons
   check_cache("rope_append", keys, key_scale, past + rows);
   check_cache("rope_append", values, value_scale, past + rows);
   const int64_t heads = qkv.size(2) / d - 2 * kv_heads, half = d / 2;
+  TORCH_CHECK(d % 2 == 0 && d <= kMaxHeadDim, "rope_append: d must be even and at most ", kMaxHeadDim, ", got ", d);
   TORCH_CHECK(qkv.dim() == 3 && qkv.scalar_type() == at::kFloat && qkv.is_contiguous() && qkv.size(2) % d == 0 && heads > 0 &&
                   keys.size(0) == batch && keys.sizes() == values.sizes(),
               "rope_append: qkv must be contiguous float32 [B, T, (Hq + 2 Hkv) * d], got ", qkv.sizes());

@@ -160,6 +160,10 @@ def _register_fakes() -> None:
     def _(q, keys, values, key_scale, value_scale, length, scaling, kv_of_head=None):
         return q.new_empty((*q.shape[:2], q.shape[2] * q.shape[3]))
 
+    @torch.library.register_fake("tinyopt::attend_prompt")
+    def _(q, keys, values, key_scale, value_scale, length, scaling, kv_of_head=None):
+        return q.new_empty((*q.shape[:2], q.shape[2] * q.shape[3]))
+
     @torch.library.register_fake("tinyopt::decoder_layer")
     def _(*_):
         return None

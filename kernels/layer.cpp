@@ -152,6 +152,9 @@ TORCH_LIBRARY_FRAGMENT(tinyopt, m) {
       "attend(Tensor q, Tensor keys, Tensor values, Tensor? key_scale, Tensor? value_scale, int length, float scaling, "
       "Tensor? kv_of_head=None) -> Tensor");
   m.def(
+      "attend_prompt(Tensor q, Tensor keys, Tensor values, Tensor? key_scale, Tensor? value_scale, int length, float scaling, "
+      "Tensor? kv_of_head=None) -> Tensor");
+  m.def(
       "decoder_layer(Tensor(a!) residual, Tensor[] norms, Tensor[] packed, Tensor?[] scales, Tensor?[] minimums, "
       "int[] kinds, int[] outputs, int[] groups, Tensor cos, Tensor sin, Tensor(b!) keys, Tensor(c!) values, "
       "Tensor(d!)? key_scale, Tensor(e!)? value_scale, int past, float scaling, float eps, Tensor? kv_of_head=None) -> ()");
@@ -162,5 +165,6 @@ TORCH_LIBRARY_IMPL(tinyopt, CPU, m) {
   m.impl("silu_mul", silu_mul);
   m.impl("rope_append", rope_append);
   m.impl("attend", attend);
+  m.impl("attend_prompt", attend_prompt);
   m.impl("decoder_layer", decoder_layer);
 }

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from kernels.int8 import kernels_run
 
-FEW_ROWS = 16  # more query rows go through PyTorch's own attention, over keys and values that are expanded once
+FEW_ROWS = 16  # more query rows are a prompt's: their attention is bound by arithmetic, not by reading the cache
 
 
 class Products:
@@ -102,9 +102,16 @@ def attend(q: torch.Tensor, layer, *, scaling: float, kv_of_head: torch.Tensor |
 
     `kv_of_head` int64 [Hq] says which KV head each query head reads, where they are no equal groups.
     """
-    if kernels_run(q) and q.shape[1] <= FEW_ROWS:
-        return torch.ops.tinyopt.attend(q, layer.keys, layer.values, *layer.scales(), layer.length, scaling, kv_of_head)
+    if kernels_run(q):
+        kernel = attention_kernel(q.shape[1])
+        return kernel(q, layer.keys, layer.values, *layer.scales(), layer.length, scaling, kv_of_head)
     return attend_reference(q, layer, scaling=scaling, kv_of_head=kv_of_head)
+
+
+def attention_kernel(rows: int):
+    """The operator for so many query rows. Both take (q [B, T, Hq, d], keys, values, key_scale, value_scale, length, scaling,
+    kv_of_head); the one for few gives a row the same bits whatever rows come with it."""
+    return torch.ops.tinyopt.attend if rows <= FEW_ROWS else torch.ops.tinyopt.attend_prompt
 
 
 def attend_reference(q: torch.Tensor, layer, *, scaling: float, kv_of_head: torch.Tensor | None = None) -> torch.Tensor:

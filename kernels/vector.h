@@ -1,4 +1,4 @@
-// Sixteen float32 at a time, on whatever instructions the function around it is compiled for, exp for them, and bfloat16.
+// Sixteen float32 at a time, on whatever instructions the function around it is compiled for, exp for them, and what a cache holds as float32.
 #pragma once
 
 #include <algorithm>
@@ -25,6 +25,10 @@ INLINE_BODY float from_bf16(uint16_t v) {  // a bfloat16 is the upper half of a 
   std::memcpy(&f, &bits, 4);
   return f;
 }
+
+INLINE_BODY float widened(float v) { return v; }
+INLINE_BODY float widened(int8_t v) { return static_cast<float>(v); }
+INLINE_BODY float widened(uint16_t v) { return from_bf16(v); }
 
 // exp(x) for x <= 0, to 2e-7 relative: 2^n times a polynomial of the rest.
 INLINE_BODY float fast_exp(float x) {

@@ -18,9 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import models
 import quality
 import texts
+from kernels.build import cpu_variant, load_kernels
 
 torch.set_num_threads(1)  # tiny products lose more by waking threads than they gain, above all on a busy machine
 VOCABULARY = 97
+VARIANTS = ["amx", "avx512_bf16", "avx512_vnni", "avx2", "portable"]  # of the kernels' inner loops
 # name -> query heads, KV heads, hidden width; head_dim is 16 unless a test asks for another
 SHAPES = {"grouped": (8, 2, 64), "three_a_group": (9, 3, 144), "multi_head": (4, 4, 64)}
 
@@ -158,3 +160,17 @@ def pytest_terminal_summary(terminalreporter):
     if tried:
         survived = sum(report.passed for report in tried)
         terminalreporter.write_line(f"faults tried: {len(tried)}, survived: {survived}")
+
+
+@pytest.fixture(params=VARIANTS)
+def kernels(request):
+    """torch.ops.tinyopt, once with every variant of the inner loops that this CPU has."""
+    if reason := load_kernels():
+        pytest.skip(reason)
+    try:
+        torch.ops.tinyopt.select_variant(request.param)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    assert cpu_variant() == request.param
+    yield torch.ops.tinyopt
+    torch.ops.tinyopt.select_variant("")

@@ -8,27 +8,12 @@ import pytest
 import torch
 
 from kernels import device_int8, int4, int8, packing
-from kernels.build import cpu_variant, load_kernels
+from kernels.build import cpu_variant
 from kernels.packing import pack_panels, pack_scales
 
 SHAPES = [(1, 5), (7, 13), (64, 300), (449, 100), (576, 576)]  # N, K: also none a multiple of 16 or 4
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 129, 600]
-VARIANTS = ["amx", "avx512_bf16", "avx512_vnni", "avx2", "portable"]
 GROUPS = [32, 64, 128, None]  # None: one scale per row
-
-
-@pytest.fixture(params=VARIANTS)
-def kernels(request):
-    """Runs the test once with every variant of the inner loops that this CPU has."""
-    if reason := load_kernels():
-        pytest.skip(reason)
-    try:
-        torch.ops.tinyopt.select_variant(request.param)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    assert cpu_variant() == request.param
-    yield torch.ops.tinyopt
-    torch.ops.tinyopt.select_variant("")
 
 
 def make(m, n, k, group, seed=0):

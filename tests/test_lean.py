@@ -14,11 +14,10 @@ from inference import generate_ids
 from kernels import calibration_cache, step
 from kernels.build import load_kernels
 from kernels.int8_modules import Int8Linear
-from kernels.kv_cache import RoomyCache, RoomyLayer
+from kernels.kv_cache import RoomyCache
 from kernels.lean import LeanForward
 from optimizations import head_pruning, int4, kv_cache_quant, layer_pruning, mixed_precision, mlp_pruning, quantization
-from optimizations.kv_cache_quant import Int8CacheLayer
-from optimizations.lean_decode import Float32Layer, apply
+from optimizations.lean_decode import apply
 
 RECIPES = {
     "float32": lambda model: model,
@@ -181,35 +180,6 @@ def test_refusals():
 # Operators
 
 
-@pytest.mark.parametrize("layer_type", [RoomyLayer, Float32Layer, Int8CacheLayer])
-@pytest.mark.parametrize(("batch_size", "depth"), [(1, 1), (3, 63), (9, 65), (1, 257), (2, 700)])
-@pytest.mark.parametrize("head_dim", [16, 64, 80])
-def test_attention_equals_its_twin(layer_type, batch_size, depth, head_dim):
-    if reason := load_kernels():
-        pytest.skip(reason)
-    generator = torch.Generator().manual_seed(depth)
-    layer = layer_type()
-    keys, values = torch.randn(2, batch_size, 3, depth, head_dim, generator=generator)
-    layer.update(keys * 3, values)
-    for rows, heads in ((1, 9), (min(5, depth), 3)):
-        q = torch.randn(batch_size, rows, heads, head_dim, generator=generator)
-        expected = step.attend_reference(q, layer, scaling=head_dim**-0.5)
-        actual = step.attend(q, layer, scaling=head_dim**-0.5)
-        assert (actual - expected).abs().max() < 1e-5
-    readers = torch.tensor([0, 0, 2, 1, 0])
-    q = torch.randn(batch_size, 1, 5, head_dim, generator=generator)
-    expected = step.attend_reference(q, layer, scaling=0.1, kv_of_head=readers)
-    assert (step.attend(q, layer, scaling=0.1, kv_of_head=readers) - expected).abs().max() < 1e-5
-
-
-def test_attention_does_not_hide_what_is_not_finite():
-    layer = Int8CacheLayer()
-    keys = torch.randn(1, 1, 8, 16)
-    keys[0, 0, 3, 5] = float("nan")
-    layer.update(keys, torch.randn(1, 1, 8, 16))
-    assert step.attend(torch.randn(1, 1, 2, 16), layer, scaling=0.25).isnan().any()
-
-
 def test_norm_and_gate_equal_their_twins(monkeypatch):
     x, update, weight, gate_up = torch.randn(3, 37), torch.randn(3, 37), torch.randn(37), 20 * torch.randn(2, 5, 74)
     halves, whole = gate_up.chunk(2, -1), [part.contiguous() for part in gate_up.chunk(2, -1)]
@@ -255,6 +225,7 @@ def test_operators_keep_their_schemas_and_their_shapes_without_data():
         ops.silu_mul: torch.randn(2, 3, 96).chunk(2, -1),
         ops.rope_append: (torch.randn(2, 3, (heads + 2 * kv_heads) * d), angles, angles, keys, keys.clone(), None, None, 4),
         ops.attend: (torch.randn(2, 3, heads, d), keys, keys.clone(), None, None, 7, 0.3),
+        ops.attend_prompt: (torch.randn(2, 3, heads, d), keys, keys.clone(), None, None, 7, 0.3),
     }
     for operator, arguments in calls.items():
         torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -1,0 +1,93 @@
+"""Attention over a cache of ours, for a few rows and for a prompt, against its twin in PyTorch; in a model, against "sdpa"."""
+
+import pytest
+import torch
+from conftest import logits_of, make_tiny, stepwise_logits
+from transformers import DynamicCache
+
+from kernels import attention, step
+from kernels.kv_cache import RoomyLayer
+from optimizations import head_pruning
+from optimizations.kv_cache_quant import Int8CacheLayer
+from optimizations.lean_decode import Float32Layer
+
+LAYERS = [RoomyLayer, Float32Layer, Int8CacheLayer]
+
+
+def filled(layer_type, batch_size, depth, head_dim):
+    """A layer of three KV heads with room to spare, and a generator of queries."""
+    generator = torch.Generator().manual_seed(depth)
+    layer = layer_type()
+    keys, values = torch.randn(2, batch_size, 3, depth + 5, head_dim, generator=generator)
+    layer.update(keys * 3, values)
+    layer.crop(-5)
+    return layer, generator
+
+
+@pytest.mark.parametrize("layer_type", LAYERS)
+@pytest.mark.parametrize(("batch_size", "depth"), [(1, 1), (3, 63), (9, 65), (1, 257), (2, 700)])
+@pytest.mark.parametrize("head_dim", [16, 64, 80])
+def test_a_few_rows_equal_their_twin(layer_type, batch_size, depth, head_dim, kernels):
+    layer, generator = filled(layer_type, batch_size, depth, head_dim)
+    for rows, heads in ((1, 9), (min(5, depth), 3)):
+        q = torch.randn(batch_size, rows, heads, head_dim, generator=generator)
+        expected = step.attend_reference(q, layer, scaling=head_dim**-0.5)
+        actual = step.attend(q, layer, scaling=head_dim**-0.5)
+        assert (actual - expected).abs().max() < 1e-5
+    readers = torch.tensor([0, 0, 2, 1, 0])
+    q = torch.randn(batch_size, 1, 5, head_dim, generator=generator)
+    expected = step.attend_reference(q, layer, scaling=0.1, kv_of_head=readers)
+    assert (step.attend(q, layer, scaling=0.1, kv_of_head=readers) - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("layer_type", LAYERS)
+@pytest.mark.parametrize(("batch_size", "rows", "depth"), [(1, 17, 0), (3, 64, 0), (2, 33, 100), (1, 600, 7), (9, 18, 1)])
+@pytest.mark.parametrize("head_dim", [6, 64, 80])
+def test_a_prompt_equals_its_twin(layer_type, batch_size, rows, depth, head_dim, kernels):
+    layer, generator = filled(layer_type, batch_size, depth + rows, head_dim)
+    for readers in (None, torch.tensor([0, 0, 2, 1, 0, 2])):
+        q = torch.randn(batch_size, rows, 6, head_dim, generator=generator)
+        expected = step.attend_reference(q, layer, scaling=head_dim**-0.5, kv_of_head=readers)
+        assert (step.attend(q, layer, scaling=head_dim**-0.5, kv_of_head=readers) - expected).abs().max() < 1e-5
+
+
+def test_a_prompts_rows_do_not_depend_on_each_other(kernels):
+    layer, generator = filled(Float32Layer, 1, 50, 64)
+    q = torch.randn(1, 50, 3, 64, generator=generator)
+    whole = step.attend(q, layer, scaling=0.125)
+    assert torch.equal(step.attend(q[:, 20:].contiguous(), layer, scaling=0.125), whole[:, 20:])
+
+
+@pytest.mark.parametrize("rows", [1, 20])
+def test_what_is_not_finite_is_not_hidden(rows, kernels):
+    layer = Int8CacheLayer()
+    keys = torch.randn(1, 1, 24, 16)
+    keys[0, 0, 3, 5] = float("nan")
+    layer.update(keys, torch.randn(1, 1, 24, 16))
+    assert step.attend(torch.randn(1, rows, 2, 16), layer, scaling=0.25)[0, -1].isnan().any()
+
+
+@pytest.mark.parametrize("shape", ["grouped", "three_a_group", "multi_head"])
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_model_gives_the_logits_of_sdpa(shape, pruned, kernels, monkeypatch):
+    """A prompt of 40 tokens, then single ones."""
+    ids = torch.randint(0, 97, (2, 43), generator=torch.Generator().manual_seed(1))
+    model = make_tiny(shape)
+    if pruned:
+        head_pruning.apply(model, prune_ratio=0.3)
+    attention.use_grouped_heads(model)
+    served, asked = [], attention.kernels_serve
+    monkeypatch.setattr(attention, "kernels_serve", lambda *call: served.append(asked(*call)) or served[-1])
+    fast = logits_of(model, ids[:, :40], cache := DynamicCache()), stepwise_logits(model, ids[:, 40:], cache)
+    assert len(served) == 3 * 4 and all(served)
+    monkeypatch.setattr(attention, "kernels_serve", lambda *_: False)
+    slow = logits_of(model, ids[:, :40], cache := DynamicCache()), stepwise_logits(model, ids[:, 40:], cache)
+    torch.testing.assert_close(fast, slow, atol=1e-4, rtol=1e-4)
+
+
+def test_learning_goes_through_pytorch():
+    model = make_tiny()
+    attention.use_grouped_heads(model)
+    loss = model(torch.arange(40)[None]).logits.square().mean()
+    loss.backward()
+    assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
