@@ -48,10 +48,22 @@ def calibration_ids(model, *, tokens: int, generated_share: float = 0.0) -> torc
 
 
 def refit_windows(model) -> torch.Tensor:
-    """To rank, refit and heal on, int64 [W, 512]: as much text as memory allows, a quarter of it the model's own; two windows
-    of random ids for random weights."""
+    """To rank and refit on, int64 [W, 512]: as much text as memory allows; two windows of random ids for random weights.
+
+    None of it is the model's own: ranked and refitted on a quarter of that, SmolLM2 less 25 % of its heads kept 84 instead of
+    96 % on news, and less on other text as well.
+    """
+    return _windows_of_refit(model, 0.0)
+
+
+def healing_windows(model) -> torch.Tensor:
+    """To train on after pruning, likewise, but a quarter of it is the model's own."""
+    return _windows_of_refit(model, 0.25)
+
+
+def _windows_of_refit(model, generated_share: float) -> torch.Tensor:
     tokens = 2 * WINDOW if model.source.random_weights else refit_tokens(model.config)
-    return calibration_ids(model, tokens=tokens, generated_share=0.25)
+    return calibration_ids(model, tokens=tokens, generated_share=generated_share)
 
 
 def refit_tokens(config) -> int:

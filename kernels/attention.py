@@ -27,7 +27,7 @@ def grouped_heads_attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """query [B, Hq, T, d], key and value [B, Hkv, S, d], mask broadcastable to [B, Hq, T, S] -> [B, T, Hq, d]."""
     kv_of_head = getattr(module, "kv_of_head", None)
-    if kernels_serve(query, attention_mask, dropout):
+    if kernels_serve(query, key, value, attention_mask, dropout):
         kernel = attention_kernel(query.shape[2])
         rows, keys, values = query.transpose(1, 2).contiguous(), key.contiguous(), value.contiguous()
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -50,9 +50,9 @@ def grouped_heads_attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def kernels_serve(query: torch.Tensor, mask: torch.Tensor | None, dropout: float) -> bool:
+def kernels_serve(query, key, value, mask: torch.Tensor | None, dropout: float) -> bool:
     """Whether the kernels can take this call: float32 on a CPU, no padding, and nothing that is to be learnt from it."""
-    exact = query.dtype == torch.float32 and mask is None and dropout == 0
+    exact = all(states.dtype == torch.float32 for states in (query, key, value)) and mask is None and dropout == 0
     return exact and not torch.is_grad_enabled() and kernels_run(query)
 
 

@@ -59,7 +59,7 @@ def apply(model, *, prune_ratio: float = 0.25, mode: str = "structural", method:
     if any(hasattr(attention, "kv_of_head") for attention in attentions):
         raise ValueError("this model was pruned unevenly before: apply head_pruning once")
     total = sum(count_query_heads(attention) for attention in attentions)
-    teacher = healing.Teacher(model, calibration.refit_windows(model)) if heal_minutes else None
+    teacher = healing.Teacher(model, calibration.healing_windows(model)) if heal_minutes else None
     if method == "calibrated":
         removed = _remove_calibrated(model, prune_ratio, mode)
     else:

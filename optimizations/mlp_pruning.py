@@ -52,7 +52,7 @@ def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0):
         raise ValueError("this model's MLPs were narrowed before: apply mlp_pruning once")
     panels = _panels_to_remove(width, len(mlps), prune_ratio)
     windows = calibration.refit_windows(model)
-    teacher = healing.Teacher(model, windows) if heal_minutes else None
+    teacher = healing.Teacher(model, calibration.healing_windows(model)) if heal_minutes else None
     steps = int(MOST * width) // PANEL
     rankings = pruning_costs.cached_rankings(model, windows, part="mlp", group=1, at_once=PANEL, steps=steps)
     counts = cached_allocation(model, windows, rankings, panels, part="mlp", group=1)

@@ -86,7 +86,7 @@ def test_a_model_gives_the_logits_of_sdpa(shape, pruned, kernels, monkeypatch):
 
 
 def test_learning_goes_through_pytorch():
-    model = make_tiny()
+    model = make_tiny().requires_grad_(True)
     attention.use_grouped_heads(model)
     loss = model(torch.arange(40)[None]).logits.square().mean()
     loss.backward()
