@@ -1,8 +1,8 @@
 """What a decoder layer does between its products, each with a slow twin in PyTorch: norm, positions, attention, gate.
 
 The kernels (layer.cpp, attention.cpp) save calls, not arithmetic: at one token a step, a dozen small operators a layer cost
-more time than their numbers. All work on float32 activations; the cache may hold float32, bfloat16 or int8
-(kernels/kv_cache.py).
+more time than their numbers. A prompt's attention is arithmetic, and has a kernel for that (prompt_attention.cpp). All work
+on float32 activations; the cache may hold float32, bfloat16 or int8 (kernels/kv_cache.py).
 """
 
 from __future__ import annotations
