@@ -63,3 +63,11 @@ def test_written_once_and_before_the_model_changes(model, monkeypatch):
     model.lm_head.weight.data /= 2
     del model.generated_windows
     assert torch.equal(generated_text.generated_windows(model, 3, window=16), first)  # from the disk
+
+
+def test_pruning_refits_on_real_text_and_recovers_on_some_of_the_models_own(model, monkeypatch):
+    shares = []
+    monkeypatch.setattr(calibration, "calibration_ids", lambda _, *, tokens, generated_share: shares.append(generated_share))
+    calibration.refit_windows(model)
+    calibration.healing_windows(model)
+    assert shares == [0, 0.25]
