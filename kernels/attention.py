@@ -1,11 +1,12 @@
 """Attention for the shapes that techniques leave behind, registered with transformers under one name.
 
 Three things differ from transformers' own "sdpa":
-* Where the kernels run, a token's and an unpadded prompt's rows go through them (attention.cpp, prompt_attention.cpp).
-* Elsewhere the query heads that share a KV head are packed as rows of one small product while decoding, so that each K/V
-  row is read once instead of once per query head (`enable_gqa` on a CPU reads them again: 3.5x slower at 2048 tokens).
+* While decoding, the query heads that share a KV head are packed as rows of one small product, so that each K/V row is
+  read once instead of once per query head (`enable_gqa` on a CPU reads them again: 3.5x slower at 2048 tokens).
 * After uneven pruning the heads no longer fall into equal groups: `module.kv_of_head` then says which KV head each
-  query head reads.
+  query head reads. Where the kernels run, a token's attention reads K and V in place (attention.cpp); elsewhere they are
+  gathered for each query head.
+* Where the kernels run, an unpadded prompt goes through prompt_attention.cpp.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def grouped_heads_attention(
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """query [B, Hq, T, d], key and value [B, Hkv, S, d], mask broadcastable to [B, Hq, T, S] -> [B, T, Hq, d]."""
     kv_of_head = getattr(module, "kv_of_head", None)
-    if kernels_serve(query, key, value, attention_mask, dropout):
+    wanted = query.shape[2] > 1 or kv_of_head is not None  # a token's even groups are faster packed
+    if wanted and kernels_serve(query, key, value, attention_mask, dropout):
         kernel = attention_kernel(query.shape[2])
         rows, keys, values = query.transpose(1, 2).contiguous(), key.contiguous(), value.contiguous()
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -157,9 +157,6 @@ def _register_fakes() -> None:
         return qkv.new_empty((*qkv.shape[:2], qkv.shape[-1] // head_dim - 2 * kv_heads, head_dim))
 
     @torch.library.register_fake("tinyopt::attend")
-    def _(q, keys, values, key_scale, value_scale, length, scaling, kv_of_head=None):
-        return q.new_empty((*q.shape[:2], q.shape[2] * q.shape[3]))
-
     @torch.library.register_fake("tinyopt::attend_prompt")
     def _(q, keys, values, key_scale, value_scale, length, scaling, kv_of_head=None):
         return q.new_empty((*q.shape[:2], q.shape[2] * q.shape[3]))
