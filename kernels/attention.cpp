@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "attention.h"
-#include "vector.h"
+#include "rows.h"
 
 namespace {
 
@@ -34,79 +34,112 @@ struct Attention {
   int64_t segments() const { return (length + kSegment - 1) / kSegment; }
 };
 
-// One KV head, one segment of keys, all query heads and rows that read them: softmax is kept running over blocks.
-template <class KV>
+// A block of keys side by side [d, kBlock] and of values as rows [kBlock, padded d], both zero where there is nothing, with what
+// a score and a probability are multiplied by.
+struct Block {
+  alignas(64) float keys[kMaxHeadDim * kBlock];
+  alignas(64) float values[kBlock * kMaxHeadDim];
+  float key_scale[kBlock], value_scale[kBlock];
+};
+
+template <class V, class KV>
+INLINE_BODY void read_block(const Attention& a, int64_t row_of_cache, int64_t count, Block& block) {
+  constexpr int64_t width = kWidth<V>;
+  const int64_t d = a.d, stride = padded(d);
+  const KV* keys = static_cast<const KV*>(a.keys) + row_of_cache * d;
+  const KV* values = static_cast<const KV*>(a.values) + row_of_cache * d;
+  float* rows = block.values;  // keys pass through where the values will be
+  for (int64_t j = 0; j < count; ++j) {
+    for (int64_t n = 0; n < d; ++n) rows[j * stride + n] = widened(keys[j * d + n]);
+    std::fill(rows + j * stride + d, rows + (j + 1) * stride, 0.f);
+  }
+  const int64_t end = std::min(kBlock, padded(count));
+  std::fill(rows + count * stride, rows + end * stride, 0.f);
+  for (int64_t j = 0; j < end; j += width) {
+    for (int64_t n = 0; n < d; n += width) {
+      V square[width];
+      for (int64_t i = 0; i < width; ++i) read(square[i], rows + (j + i) * stride + n);
+      transpose<V>(square);
+      for (int64_t i = 0; i < std::min(width, d - n); ++i) std::memcpy(block.keys + (n + i) * kBlock + j, &square[i], sizeof(V));
+    }
+  }
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t n = 0; n < d; ++n) rows[j * stride + n] = widened(values[j * d + n]);
+  for (int64_t j = 0; j < count; ++j) {
+    block.key_scale[j] = a.scaling * (a.key_scale ? a.key_scale[row_of_cache + j] : 1.f);
+    block.value_scale[j] = a.value_scale ? a.value_scale[row_of_cache + j] : 1.f;
+  }
+}
+
+// R of the rows and query heads that read one KV head, from the `first` of them on, see a block of `count` keys, the one at
+// `start`: softmax is kept running.
+template <class V, int R, int C>
+INLINE_BODY void attend_block(const Attention& a, const Block& block, int64_t b, int64_t kv_head, int64_t segment, int64_t first,
+                              int64_t start, int64_t count) {
+  const std::vector<int64_t>& readers = a.readers[kv_head];
+  const int64_t sharing = readers.size(), last = a.rows * sharing - 1, d = a.d, stride = padded(d);
+  constexpr int64_t columns = C * kWidth<V>;
+  alignas(64) float scores[R * kBlock], sums[R * kMaxHeadDim];
+  const float *q[R], *p[R];
+  float *state[R], shrink[R];
+  int64_t seen[R];
+  for (int64_t r = 0; r < R; ++r) {  // those after the last repeat it, and are not written
+    const int64_t t = std::min(first + r, last) / sharing, head = readers[std::min(first + r, last) % sharing];
+    q[r] = a.q + ((b * a.rows + t) * a.heads + head) * d;
+    p[r] = scores + r * kBlock;
+    state[r] = a.partial + (((b * a.segments() + segment) * a.rows + t) * a.heads + head) * (d + 2);
+    seen[r] = first + r > last ? 0 : std::clamp<int64_t>(a.length - a.rows + t + 1 - start, 0, count);
+  }
+  for (int64_t j = 0; j < count; j += columns)
+    multiply<V, R, C>(q, block.keys + j, kBlock, kWidth<V>, d, scores + j, kBlock);
+  for (int64_t r = 0; r < R; ++r) {
+    float* of_row = scores + r * kBlock;
+    if (seen[r] > 0) {
+      for (int64_t j = 0; j < seen[r]; ++j) of_row[j] *= block.key_scale[j];
+      const float before = state[r][d + 1], largest = std::max(before, largest_of<V>(of_row, seen[r]));
+      shrink[r] = before == largest ? 1.f : fast_exp(before - largest);
+      state[r][d] = state[r][d] * shrink[r] + exponentials<V>(of_row, seen[r], largest);
+      state[r][d + 1] = largest;
+      for (int64_t j = 0; j < seen[r]; ++j) of_row[j] *= block.value_scale[j];
+    }
+    std::fill(of_row + seen[r], of_row + count, 0.f);
+  }
+  for (int64_t n = 0; n < stride; n += columns)
+    multiply<V, R, C>(p, block.values + n, stride, kWidth<V>, count, sums + n, stride);
+  for (int64_t r = 0; r < R; ++r)
+    for (int64_t n = 0; n < d && seen[r] > 0; ++n) state[r][n] = state[r][n] * shrink[r] + sums[r * stride + n];
+}
+
+// One KV head, one segment of keys, all query heads and rows that read them.
+template <class V, int R, int C, class KV>
 INLINE_BODY void attend_segment(const Attention& a, int64_t b, int64_t kv_head, int64_t segment) {
-  const int64_t d = a.d, width = d + 2, first = segment * kSegment, last = std::min(first + kSegment, a.length);
-  const int64_t row_of_cache = (b * a.kv_heads + kv_head) * a.capacity;
-  float k[kBlock * kMaxHeadDim], v[kBlock * kMaxHeadDim], p[kBlock], k_scale[kBlock], v_scale[kBlock];
+  const int64_t first = segment * kSegment, last = std::min(first + kSegment, a.length);
+  for (int64_t t = 0; t < a.rows; ++t) {
+    for (const int64_t head : a.readers[kv_head]) {
+      float* state = a.partial + (((b * a.segments() + segment) * a.rows + t) * a.heads + head) * (a.d + 2);
+      std::fill_n(state, a.d + 1, 0.f);
+      state[a.d + 1] = -INFINITY;
+    }
+  }
+  const int64_t pairs = a.rows * a.readers[kv_head].size();
+  Block block;
   for (int64_t start = first; start < last; start += kBlock) {
     const int64_t count = std::min(kBlock, last - start);
-    const KV* from_k = static_cast<const KV*>(a.keys) + (row_of_cache + start) * d;
-    const KV* from_v = static_cast<const KV*>(a.values) + (row_of_cache + start) * d;
-    for (int64_t i = 0; i < count * d; ++i) k[i] = widened(from_k[i]);
-    for (int64_t i = 0; i < count * d; ++i) v[i] = widened(from_v[i]);
-    for (int64_t i = 0; i < count; ++i) {
-      k_scale[i] = a.scaling * (a.key_scale ? a.key_scale[row_of_cache + start + i] : 1.f);
-      v_scale[i] = a.value_scale ? a.value_scale[row_of_cache + start + i] : 1.f;
-    }
-    for (int64_t t = 0; t < a.rows; ++t) {
-      const int64_t seen = std::min(count, a.length - a.rows + t + 1 - start);
-      for (const int64_t head : a.readers[kv_head]) {
-        float* state = a.partial + (((b * a.segments() + segment) * a.rows + t) * a.heads + head) * width;
-        if (start == first) {
-          std::fill_n(state, d + 1, 0.f);
-          state[d + 1] = -INFINITY;
-        }
-        if (seen <= 0) continue;
-        const float* q = a.q + ((b * a.rows + t) * a.heads + head) * d;
-        float largest = state[d + 1];
-        for (int64_t j = 0; j < seen; ++j) {
-          Vec sum = {};
-          int64_t i = 0;
-          for (; i + kLanes <= d; i += kLanes) sum += load(q + i) * load(k + j * d + i);
-          float lanes[kLanes];
-          store(lanes, sum);
-          for (int64_t half = kLanes / 2; half > 0; half /= 2)
-            for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-          for (; i < d; ++i) lanes[0] += q[i] * k[j * d + i];
-          p[j] = lanes[0] * k_scale[j];
-          largest = std::max(largest, p[j]);
-        }
-        const float shrink = state[d + 1] == largest ? 1.f : fast_exp(state[d + 1] - largest);
-        float total[kLanes] = {};
-        for (int64_t j = 0; j < kBlock; ++j) p[j] = j < seen ? fast_exp(p[j] - largest) : 0.f;
-        for (int64_t j = 0; j < kBlock; ++j) total[j % kLanes] += p[j];
-        for (int64_t lane = 1; lane < kLanes; ++lane) total[0] += total[lane];
-        for (int64_t j = 0; j < seen; ++j) p[j] *= v_scale[j];
-        int64_t i = 0;
-        for (; i + 4 * kLanes <= d; i += 4 * kLanes) {
-          Vec sum[4];
-          for (int64_t n = 0; n < 4; ++n) sum[n] = load(state + i + n * kLanes) * shrink;
-          for (int64_t j = 0; j < seen; ++j)
-            for (int64_t n = 0; n < 4; ++n) sum[n] += p[j] * load(v + j * d + i + n * kLanes);
-          for (int64_t n = 0; n < 4; ++n) store(state + i + n * kLanes, sum[n]);
-        }
-        for (; i < d; ++i) {
-          float sum = state[i] * shrink;
-          for (int64_t j = 0; j < seen; ++j) sum += p[j] * v[j * d + i];
-          state[i] = sum;
-        }
-        state[d] = state[d] * shrink + total[0];
-        state[d + 1] = largest;
-      }
-    }
+    read_block<V, KV>(a, (b * a.kv_heads + kv_head) * a.capacity + start, count, block);
+    int64_t pair = 0;
+    for (; pairs - pair > R / 2; pair += R) attend_block<V, R, C>(a, block, b, kv_head, segment, pair, start, count);
+    if (pair < pairs) attend_block<V, R / 2, C>(a, block, b, kv_head, segment, pair, start, count);
   }
 }
 
 using AttendFn = void (*)(const Attention&, int64_t, int64_t, int64_t);
 template <class KV>
-void attend_portable(const Attention& a, int64_t b, int64_t h, int64_t s) { attend_segment<KV>(a, b, h, s); }
+void attend_portable(const Attention& a, int64_t b, int64_t h, int64_t s) { attend_segment<Vec4, 2, 4, KV>(a, b, h, s); }
 #if defined(__x86_64__)
 template <class KV>
-TARGET_AVX2 void attend_avx2(const Attention& a, int64_t b, int64_t h, int64_t s) { attend_segment<KV>(a, b, h, s); }
+TARGET_AVX2 void attend_avx2(const Attention& a, int64_t b, int64_t h, int64_t s) { attend_segment<Vec8, 6, 2, KV>(a, b, h, s); }
 template <class KV>
-TARGET_AVX512 void attend_avx512(const Attention& a, int64_t b, int64_t h, int64_t s) { attend_segment<KV>(a, b, h, s); }
+TARGET_AVX512 void attend_avx512(const Attention& a, int64_t b, int64_t h, int64_t s) { attend_segment<Vec, 8, 2, KV>(a, b, h, s); }
 #endif
 
 template <class KV>

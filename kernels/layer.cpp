@@ -17,27 +17,31 @@ namespace {
 using at::Tensor;
 using std::optional;
 
+template <class V>
 INLINE_BODY void norm_rows(float* x, const float* add, const float* w, int64_t h, float eps, int64_t begin, int64_t end, float* y) {
   for (int64_t r = begin; r < end; ++r) {
     float *row = x + r * h, *out = y + r * h;
     if (add)
       for (int64_t i = 0; i < h; ++i) row[i] += add[r * h + i];
-    Vec squares = {};
+    V numbers, squares = {};
     int64_t i = 0;
-    for (; i + kLanes <= h; i += kLanes) squares += load(row + i) * load(row + i);
+    for (; i + kWidth<V> <= h; i += kWidth<V>) {
+      read(numbers, row + i);
+      squares += numbers * numbers;
+    }
     float sum = 0.f;
     for (; i < h; ++i) sum += row[i] * row[i];
-    for (int64_t lane = 0; lane < kLanes; ++lane) sum += squares[lane];
+    for (int64_t lane = 0; lane < kWidth<V>; ++lane) sum += squares[lane];
     const float scale = 1.f / std::sqrt(sum / static_cast<float>(h) + eps);
     for (i = 0; i < h; ++i) out[i] = w[i] * (row[i] * scale);
   }
 }
 #if defined(__x86_64__)
 TARGET_AVX512 void norm_avx512(float* x, const float* add, const float* w, int64_t h, float eps, int64_t b, int64_t e, float* y) {
-  norm_rows(x, add, w, h, eps, b, e, y);
+  norm_rows<Vec>(x, add, w, h, eps, b, e, y);
 }
 TARGET_AVX2 void norm_avx2(float* x, const float* add, const float* w, int64_t h, float eps, int64_t b, int64_t e, float* y) {
-  norm_rows(x, add, w, h, eps, b, e, y);
+  norm_rows<Vec8>(x, add, w, h, eps, b, e, y);
 }
 #endif
 
@@ -56,7 +60,7 @@ Tensor add_rms_norm(const Tensor& residual, const optional<Tensor>& update, cons
     if (active_isa() == Isa::kAvx512) return norm_avx512(x, add, w, h, e, begin, end, y);
     if (active_isa() == Isa::kAvx2) return norm_avx2(x, add, w, h, e, begin, end, y);
 #endif
-    norm_rows(x, add, w, h, e, begin, end, y);
+    norm_rows<Vec4>(x, add, w, h, e, begin, end, y);
   });
   return out;
 }

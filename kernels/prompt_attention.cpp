@@ -1,9 +1,7 @@
 // Attention of a prompt: many query rows, each over the keys up to its own.
 //
-// attention.cpp takes one query row after the other, which is right for a token and its drafts, where reading the cache is the
-// limit. Of a prompt arithmetic is: here several rows take two times sixteen keys together, so that sums hide each other's
-// latency and each line that is read serves all of them. Keys are first laid side by side in sixteens, once for all rows and
-// all query heads that read them.
+// attention.cpp lays out a block of the cache for the few rows that a token and its drafts have, and forgets it. For a prompt
+// all keys are laid side by side in sixteens first, once for all rows and all query heads that read them.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
@@ -11,16 +9,12 @@
 #include <vector>
 
 #include "attention.h"
-#include "vector.h"
+#include "rows.h"
 
 namespace {
 
 using at::Tensor;
 using std::optional;
-
-constexpr int64_t kColumns = 2 * kLanes;  // keys, and numbers of a value, are padded to so many
-
-int64_t padded(int64_t n) { return (n + kColumns - 1) / kColumns * kColumns; }
 
 int64_t score_row(int64_t length) { return padded(length) + kLanes; }  // rows of 2^n scores would share a cache set
 
@@ -32,79 +26,31 @@ struct Prompt {
   float* out;                              // [B, T, Hq, d]
 };
 
-// Vectors as wide as the registers: GCC keeps wider ones in memory.
-typedef float Vec8 __attribute__((vector_size(32)));
-typedef float Vec4 __attribute__((vector_size(16)));
-template <class V>
-constexpr int64_t kWidth = sizeof(V) / sizeof(float);
-template <class V>
-INLINE_BODY void read(V& v, const float* p) { std::memcpy(&v, p, sizeof v); }
-
-// R rows of `a` times C vectors of columns of `b`: out[r][c] = sum of a[r][i] * b[i][c] over i < k.
-template <class V, int R, int C>
-INLINE_BODY void multiply(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t b_vector, int64_t k, float* out,
-                          int64_t out_row) {
-  V sum[R][C] = {};
-  for (int64_t i = 0; i < k; ++i) {
-    V columns[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) read(columns[c], b + i * b_row + c * b_vector);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sum[r][c] += a[r * a_row + i] * columns[c];
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) std::memcpy(out + r * out_row + c * kWidth<V>, &sum[r][c], sizeof(V));
-}
-
-// `count` scores, with room for a multiple of 16, become exp(score - largest), what follows zero. Returns their sum.
-template <class V>
-INLINE_BODY float exponentials(float* p, int64_t count) {
-  const int64_t end = (count + kLanes - 1) / kLanes * kLanes;
-  std::fill(p + count, p + end, p[0]);
-  V most, v, sums = {};
-  read(most, p);
-  for (int64_t j = kWidth<V>; j < end; j += kWidth<V>) {
-    read(v, p + j);
-    most = v > most ? v : most;
-  }
-  float largest = most[0], total = 0.f;
-  for (int64_t lane = 1; lane < kWidth<V>; ++lane) largest = std::max(largest, most[lane]);
-  for (int64_t j = 0; j < end; ++j) p[j] = fast_exp(p[j] - largest);
-  std::fill(p + count, p + end, 0.f);
-  for (int64_t j = 0; j < end; j += kWidth<V>) {
-    read(v, p + j);
-    sums += v;
-  }
-  for (int64_t lane = 0; lane < kWidth<V>; ++lane) total += sums[lane];
-  return total;
-}
-
-// R query rows from `first` on, of one head. `room` holds R rows of scores, R of queries and R of results.
+// R query rows from `first` on, of one head. `room` holds R rows of scores and R of results.
 template <class V, int R, int C>
 INLINE_BODY void attend_rows(const Prompt& a, int64_t b, int64_t head, int64_t first, float* room) {
   const int64_t count = std::min<int64_t>(R, a.rows - first), width = padded(a.length), d_padded = padded(a.d);
   const int64_t before = a.length - a.rows + first, seen = before + count, kv = b * a.kv_heads + a.kv_head[head];
   const float *keys = a.keys + kv * width * a.d, *values = a.values + kv * a.length * d_padded;
   const int64_t row = score_row(a.length);
-  float *scores = room, *q = scores + R * row, *result = q + R * d_padded;
-  for (int64_t r = 0; r < R; ++r)  // rows after the last repeat it, and are not written
-    std::copy_n(a.q + ((b * a.rows + first + std::min(r, count - 1)) * a.heads + head) * a.d, a.d, q + r * d_padded);
+  float *scores = room, *result = scores + R * row;
+  const float *q[R], *p[R];
+  for (int64_t r = 0; r < R; ++r) {  // rows after the last repeat it, and are not written
+    q[r] = a.q + ((b * a.rows + first + std::min(r, count - 1)) * a.heads + head) * a.d;
+    p[r] = scores + r * row;
+  }
   constexpr int64_t columns = C * kWidth<V>;
   const int64_t next_keys = kWidth<V> == kLanes ? a.d * kLanes : kWidth<V>;  // in the next sixteen, or in the same
   for (int64_t j = 0; j < seen; j += columns)
-    multiply<V, R, C>(q, d_padded, keys + j * a.d, kLanes, next_keys, a.d, scores + j, row);
+    multiply<V, R, C>(q, keys + j * a.d, kLanes, next_keys, a.d, scores + j, row);
   float total[R];
   for (int64_t r = 0; r < count; ++r) {
-    float* p = scores + r * row;
-    total[r] = exponentials<V>(p, before + r + 1);
-    std::fill(p + before + r + 1, p + seen, 0.f);
+    float* of_row = scores + r * row;
+    total[r] = exponentials<V>(of_row, before + r + 1, largest_of<V>(of_row, before + r + 1));
+    std::fill(of_row + before + r + 1, of_row + seen, 0.f);
   }
   for (int64_t n = 0; n < d_padded; n += columns)
-    multiply<V, R, C>(scores, row, values + n, d_padded, kWidth<V>, seen, result + n, d_padded);
+    multiply<V, R, C>(p, values + n, d_padded, kWidth<V>, seen, result + n, d_padded);
   for (int64_t r = 0; r < count; ++r) {
     float* y = a.out + ((b * a.rows + first + r) * a.heads + head) * a.d;
     for (int64_t n = 0; n < a.d; ++n) y[n] = result[r * d_padded + n] / total[r];
@@ -179,7 +125,7 @@ Tensor attend_prompt(const Tensor& q, const Tensor& keys, const Tensor& values, 
   const Rows rows = rows_fn();
   const int64_t blocks = (a.rows + rows.count - 1) / rows.count;
   at::parallel_for(0, batch * heads * blocks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> room(rows.count * (score_row(length) + 2 * padded(d)));
+    std::vector<float> room(rows.count * (score_row(length) + padded(d)));
     for (int64_t task = begin; task < end; ++task)
       rows.fn(a, task / blocks / heads, task / blocks % heads, task % blocks * rows.count, room.data());
   });

@@ -1,4 +1,4 @@
-// Sixteen float32 at a time, on whatever instructions the function around it is compiled for, exp for them, and what a cache holds as float32.
+// Vectors of float32 as wide as the registers of an instruction set, exp for them, and what a cache holds as float32.
 #pragma once
 
 #include <algorithm>
@@ -9,15 +9,16 @@
 
 namespace {
 
+// GCC keeps vectors that are wider than the registers in memory: AVX512, AVX2 and portable loops take one of these each.
 typedef float Vec __attribute__((vector_size(64)));
-constexpr int64_t kLanes = 16;
+typedef float Vec8 __attribute__((vector_size(32)));
+typedef float Vec4 __attribute__((vector_size(16)));
+template <class V>
+constexpr int64_t kWidth = sizeof(V) / sizeof(float);
+constexpr int64_t kLanes = kWidth<Vec>;  // of the widest
 
-INLINE_BODY Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-INLINE_BODY void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+template <class V>
+INLINE_BODY void read(V& v, const float* p) { std::memcpy(&v, p, sizeof v); }
 
 INLINE_BODY float from_bf16(uint16_t v) {  // a bfloat16 is the upper half of a float32
   const uint32_t bits = static_cast<uint32_t>(v) << 16;
