@@ -1,13 +1,15 @@
 """The text that quality is measured on, and the text that techniques may calibrate on: never the same.
 
 wikitext-2-raw through `datasets` where it is cached or reachable; else the Lee news corpus (300 short documents,
-carried by the package gensim): its first 200 documents are calibration, the last 100 evaluation.
+carried by the package gensim): its first 200 documents are calibration, the last 100 evaluation. What is learnt from one
+kind of text holds for little else, so calibration has a second: Python's language reference, which every Python carries.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +43,20 @@ def load_text(part: str = "evaluation", *, text_file: str | None = None) -> Text
         return _read_text_file(text_file)
     wikitext = _wikitext(part)
     return wikitext if wikitext is not None else _lee_news(part)
+
+
+def calibration_texts() -> list[Text]:
+    """All that techniques may learn from: the calibration text and, where this Python has it, its language reference."""
+    return [load_text("calibration"), *_python_reference()]
+
+
+def _python_reference() -> list[Text]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions leave it out
+        return []
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return [Text(f"language reference of Python {version}", "\n\n".join(topics.values()))]
 
 
 def _read_text_file(text_file: str) -> Text:

@@ -11,7 +11,7 @@ Idea    Many heads matter little (Michel et al. 2019). Which ones, `--method` sa
 Helps   By the bytes that are gone, no more: 25 % of the query heads are 4.5 % of what TinyLlama streams per token, so
         decode gains at most 1.047x. `--mode mask`, the original's zeroing, removes nothing and gains nothing.
 Loses   Quality. The L2 norm ignores what flows through a head; on a small model it is a poor guide (see the README).
-        Calibrated takes minutes once (kept in ~/.cache/tinyllama-optimization), learns from one kind of text, and where
+        Calibrated takes minutes once (kept in ~/.cache/tinyllama-optimization), holds best for text like its own, and where
         layers lose different heads the KV heads' readers differ: attention then needs the map below.
 Heads   Query heads that share a KV head form a group. By l2 and energy, heads are removed evenly from every group where
         that comes within five points of the ratio asked for; otherwise, and by calibrated, an explicit map from query head

@@ -153,6 +153,12 @@ def stepwise_logits(model, input_ids, cache):
     return torch.cat(steps, dim=1)
 
 
+def pytest_configure(config):
+    """Compile the kernels once, before processes that test side by side would each do it."""
+    if not hasattr(config, "workerinput"):
+        load_kernels()
+
+
 def pytest_terminal_summary(terminalreporter):
     """Say how many faults were really tried."""
     outcomes = [report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, [])]

@@ -13,12 +13,12 @@ from kernels import calibration_cache, generated_text
 
 @pytest.fixture
 def model(tiny, monkeypatch, tmp_path):
-    """A tiny model with a tokenizer of one token a word, 5 windows of calibration text, and windows of 16 tokens."""
+    """A tiny model, a tokenizer that reads numbers, and texts of 11 and of 2 windows of 16 tokens: all 7 and all 8."""
     monkeypatch.setattr(calibration_cache, "ROOT", tmp_path / "calibration")
     monkeypatch.setattr(calibration, "WINDOW", 16)
     monkeypatch.setattr(generated_text, "WINDOWS", 4)
-    monkeypatch.setattr(texts, "load_text", lambda part: texts.Text(part, "word " * 80))
-    tokenizer = lambda text, **_: SimpleNamespace(input_ids=[7] * len(text.split()))  # noqa: E731
+    monkeypatch.setattr(texts, "calibration_texts", lambda: [texts.Text("long", "7 " * 180), texts.Text("short", "8 " * 35)])
+    tokenizer = lambda text, **_: SimpleNamespace(input_ids=[int(word) for word in text.split()])  # noqa: E731
     tokenizer.bos_token_id, tokenizer.eos_token_id = None, 3
     monkeypatch.setattr(models, "load_tokenizer", lambda source: tokenizer)
     model = tiny("grouped")
@@ -46,13 +46,30 @@ def test_cached_steps_draw_what_whole_passes_would(tiny):
         assert torch.equal(model(written).logits[:, :-1].argmax(-1), written[:, 1:])
 
 
-@pytest.mark.parametrize(("share", "own"), [(0.0, 0), (0.5, 3), (1.0, 4)])
-def test_share_of_windows(model, share, own):
-    """6 windows asked for: as many of the model's own as the share says and there are, the others text, none twice."""
-    windows = calibration.calibration_ids(model, tokens=6 * 16, generated_share=share)
-    text = (windows == 7).all(1)
-    assert windows.shape == (min(6 - own, 5) + own, 16) and int((~text).sum()) == own
-    assert (windows[~text][:, 0] == 3).all()
+@pytest.mark.parametrize(
+    ("tokens", "share", "own", "long", "short"),
+    [(6, 0.0, 0, 4, 2), (3, 0.0, 0, 1, 2), (6, 0.5, 3, 1, 2), (6, 1.0, 4, 1, 1), (99, 0.0, 0, 11, 2), (0, 0.0, 0, 0, 1)],
+)
+def test_share_of_windows(model, tokens, share, own, long, short):
+    """As many of the model's own as the share says and there are; the others equally of both texts, as far as each goes."""
+    windows = calibration.calibration_ids(model, tokens=tokens * 16, generated_share=share, mixed=True)
+    of = {word: int((windows == word).all(1).sum()) for word in (7, 8)}
+    assert windows.shape == (own + long + short, 16) and of == {7: long, 8: short}
+    assert int((windows[:, 0] == 3).sum()) == own
+
+
+def test_kinds_of_text_are_mixed(model):
+    """What takes every eighth window, or the first few, gets some of each."""
+    windows = calibration.calibration_ids(model, tokens=4 * 16, mixed=True)
+    assert torch.equal(windows, calibration.calibration_ids(model, tokens=4 * 16, mixed=True))
+    order = (calibration.calibration_ids(model, tokens=99 * 16, mixed=True)[:, 0] == 8).nonzero()[:, 0]
+    assert order.max() - order.min() > 1
+
+
+def test_text_shorter_than_a_window(model, monkeypatch):
+    monkeypatch.setattr(texts, "calibration_texts", lambda: [texts.Text("short", "7 " * 15)])
+    with pytest.raises(ValueError, match="fewer tokens than one window of 16"):
+        calibration.calibration_ids(model, tokens=160, mixed=True)
 
 
 def test_written_once_and_before_the_model_changes(model, monkeypatch):
@@ -67,7 +84,9 @@ def test_written_once_and_before_the_model_changes(model, monkeypatch):
 
 def test_pruning_refits_on_real_text_and_recovers_on_some_of_the_models_own(model, monkeypatch):
     shares = []
-    monkeypatch.setattr(calibration, "calibration_ids", lambda _, *, tokens, generated_share: shares.append(generated_share))
+    monkeypatch.setattr(
+        calibration, "calibration_ids", lambda _, *, tokens, generated_share, mixed: shares.append(generated_share)
+    )
     calibration.refit_windows(model)
     calibration.healing_windows(model)
     assert shares == [0, 0.25]
