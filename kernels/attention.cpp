@@ -32,6 +32,9 @@ struct Attention {
   std::vector<std::vector<int64_t>> readers;  // query heads of each KV head
   float* partial;  // [B, segments, T, Hq, d + 2]: sum of p * v, sum of p, largest score
   int64_t segments() const { return (length + kSegment - 1) / kSegment; }
+  float* state(int64_t b, int64_t segment, int64_t t, int64_t head) const {
+    return partial + (((b * segments() + segment) * rows + t) * heads + head) * (d + 2);
+  }
 };
 
 // A block of keys side by side [d, kBlock] and of values as rows [kBlock, padded d], both zero where there is nothing, with what
@@ -84,10 +87,10 @@ INLINE_BODY void attend_block(const Attention& a, const Block& block, int64_t b,
   float *state[R], shrink[R];
   int64_t seen[R];
   for (int64_t r = 0; r < R; ++r) {  // those after the last repeat it, and are not written
-    const int64_t t = std::min(first + r, last) / sharing, head = readers[std::min(first + r, last) % sharing];
+    const int64_t pair = std::min(first + r, last), t = pair / sharing, head = readers[pair % sharing];
     q[r] = a.q + ((b * a.rows + t) * a.heads + head) * d;
     p[r] = scores + r * kBlock;
-    state[r] = a.partial + (((b * a.segments() + segment) * a.rows + t) * a.heads + head) * (d + 2);
+    state[r] = a.state(b, segment, t, head);
     seen[r] = first + r > last ? 0 : std::clamp<int64_t>(a.length - a.rows + t + 1 - start, 0, count);
   }
   for (int64_t j = 0; j < count; j += columns)
@@ -116,7 +119,7 @@ INLINE_BODY void attend_segment(const Attention& a, int64_t b, int64_t kv_head, 
   const int64_t first = segment * kSegment, last = std::min(first + kSegment, a.length);
   for (int64_t t = 0; t < a.rows; ++t) {
     for (const int64_t head : a.readers[kv_head]) {
-      float* state = a.partial + (((b * a.segments() + segment) * a.rows + t) * a.heads + head) * (a.d + 2);
+      float* state = a.state(b, segment, t, head);
       std::fill_n(state, a.d + 1, 0.f);
       state[a.d + 1] = -INFINITY;
     }

@@ -155,7 +155,7 @@ def stepwise_logits(model, input_ids, cache):
 
 def pytest_configure(config):
     """Compile the kernels once, before processes that test side by side would each do it."""
-    if not hasattr(config, "workerinput"):
+    if config.getoption("numprocesses", default=None) and not hasattr(config, "workerinput"):
         load_kernels()
 
 

@@ -83,10 +83,10 @@ def test_written_once_and_before_the_model_changes(model, monkeypatch):
 
 
 def test_pruning_refits_on_real_text_and_recovers_on_some_of_the_models_own(model, monkeypatch):
-    shares = []
+    asked = []
     monkeypatch.setattr(
-        calibration, "calibration_ids", lambda _, *, tokens, generated_share, mixed: shares.append(generated_share)
+        calibration, "calibration_ids", lambda _, *, tokens, generated_share, mixed: asked.append((generated_share, mixed))
     )
     calibration.refit_windows(model)
     calibration.healing_windows(model)
-    assert shares == [0, 0.25]
+    assert asked == [(0, True), (0.25, True)]
