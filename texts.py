@@ -2,22 +2,30 @@
 
 wikitext-2-raw through `datasets` where it is cached or reachable; else the Lee news corpus (300 short documents,
 carried by the package gensim): its first 200 documents are calibration, the last 100 evaluation. What is learnt from one
-kind of text holds for little else, so calibration has a second: Python's language reference, which every Python carries.
+kind of text holds for little else, so calibration has two more: the openings of a hundred Wikipedia articles, from the same
+package, and Python's language reference, which every Python carries.
 """
 
 from __future__ import annotations
 
+import bz2
+import functools
 import hashlib
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from xml.etree import ElementTree
 
 from models import carried_file
 
 LEE_CORPUS = ("gensim", "gensim/test/test_data/lee_background.cor")
 LEE_SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"
 LEE_CALIBRATION_DOCUMENTS = 200
+WIKIPEDIA = ("gensim", "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2")
+WIKIPEDIA_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+ASIDE = re.compile(r"<!--.*?-->|<ref[^<>]*/>|<ref.*?</ref>", re.DOTALL)  # comments and footnotes
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,31 @@ def load_text(part: str = "evaluation", *, text_file: str | None = None) -> Text
 
 
 def calibration_texts() -> list[Text]:
-    """All that techniques may learn from: the calibration text and, where this Python has it, its language reference."""
-    return [load_text("calibration"), *_python_reference()]
+    """All that techniques may learn from: encyclopaedia, news where they are carried, and this Python's language reference.
+
+    Where wikitext is at hand it is the encyclopaedia: other articles might be those that its evaluation part has.
+    """
+    wikitext = _wikitext("calibration")
+    english = [wikitext] if wikitext is not None else [_lee_news("calibration"), _wikipedia()]
+    return [*english, *_python_reference()]
+
+
+@functools.cache
+def _wikipedia() -> Text:
+    """What each article of the carried dump says before its first heading, as plain text."""
+    import mwparserfromhell
+
+    openings = []
+    with bz2.open(carried_file(*WIKIPEDIA, sha256=WIKIPEDIA_SHA256)) as dump:
+        for _, element in ElementTree.iterparse(dump):
+            if element.tag.endswith("}text"):
+                opening = ASIDE.sub("", (element.text or "").split("\n==", 1)[0])
+                markup = mwparserfromhell.parse(opening)
+                for picture in markup.filter_wikilinks(matches=lambda link: link.title.startswith(("File:", "Image:"))):
+                    markup.remove(picture)
+                openings.append(str(markup.strip_code(normalize=True, collapse=True)).strip())
+                element.clear()
+    return Text("openings of Wikipedia articles", "\n\n".join(text for text in openings if len(text) > 200))
 
 
 def _python_reference() -> list[Text]:

@@ -17,6 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from streaming import UnreadWeight, block_rows, rows_of
+
 ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tinyllama-optimization" / "calibration"
 CODE = ("refit.py", "pruning_costs.py", "compensation.py")  # a change of the maths is a change of the result
 
@@ -39,7 +41,7 @@ class CalibrationCache:
         digest.update(windows.cpu().numpy().tobytes())
         for name, parameter in model.named_parameters():
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(_digest_of(parameter))
         for file in code:
             digest.update((Path(__file__).parent / file).read_bytes())
         return cls(ROOT.expanduser() / digest.hexdigest()[:24])
@@ -75,6 +77,20 @@ class CalibrationCache:
             CalibrationCache.saved += 1
         except (OSError, SafetensorError):
             part.unlink(missing_ok=True)
+
+
+def _digest_of(parameter: torch.Tensor) -> bytes:
+    """Of the values alone: the same whether they are in memory or in their file, from which they are read once for it."""
+    if (known := getattr(parameter, "digest", None)) is not None:
+        return known
+    digest, unread = hashlib.sha256(), isinstance(parameter, UnreadWeight)
+    step = block_rows(parameter.shape[1]) if unread else max(1, len(parameter))
+    for first in range(0, len(parameter), step):
+        rows = rows_of(parameter, slice(first, min(first + step, len(parameter))))
+        digest.update(rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    if unread:
+        parameter.digest = digest.digest()
+    return digest.digest()
 
 
 def show_progress(stage: str, done: int, total: int) -> None:

@@ -2,12 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
+import torch
+from safetensors import SafetensorError, safe_open
+
 from kernels.calibration_cache import CalibrationCache
 from kernels.gptq import Form
 from kernels.int4 import pack_nibbles, unpack_nibbles
 
 
-def save_forms(cache: CalibrationCache, name: str, forms: dict[str, Form], norms: dict | None = None) -> None:
+class StoredForms(Mapping):
+    """Forms by layer name, each read when it is asked for: unpacked, all codes together take twice what the model will.
+
+    `norms` are the weights of norms by name, in memory. The file is mapped anew for every read, and let go: pages of a mapped
+    file count as memory from the first touch on.
+    """
+
+    def __init__(self, path, model):
+        """Raises OSError or SafetensorError if there is no such file, or only a part of one."""
+        self._path, self._device = path, model.device
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        layers = [name.removesuffix(".codes") for name in names if name.endswith(".codes")]
+        self._inputs = {layer: model.get_submodule(layer).in_features for layer in layers}
+        self.norms = {name: self._read(name) for name in names if name.endswith("norm.weight")}
+
+    def __getitem__(self, layer: str) -> Form:
+        codes = unpack_nibbles(self._read(f"{layer}.codes"), self._inputs[layer])
+        return codes, self._read(f"{layer}.scale"), self._read(f"{layer}.minimum")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._inputs)
+
+    def __len__(self) -> int:
+        return len(self._inputs)
+
+    def _read(self, name: str) -> torch.Tensor:
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor(name).to(self._device, copy=True)
+
+
+def save_forms(cache: CalibrationCache, name: str, forms: Mapping[str, Form], norms: dict | None = None) -> None:
     """Codes go to disk packed; `norms` are weights of norms by name."""
     tensors = dict(norms or {})
     for layer, (codes, scale, minimum) in forms.items():
@@ -15,19 +51,9 @@ def save_forms(cache: CalibrationCache, name: str, forms: dict[str, Form], norms
     cache.save_tensors(name, tensors)
 
 
-def cached_forms(cache: CalibrationCache, name: str, model) -> tuple[dict | None, dict]:
-    """What `save_forms` stored, on the model's device; (None, {}) where there is nothing."""
-    tensors = cache.tensors(name, model.device)
-    if tensors is None:
-        return None, {}
-    layers = [key.removesuffix(".codes") for key in tensors if key.endswith(".codes")]
-    forms = {
-        layer: (
-            unpack_nibbles(tensors[f"{layer}.codes"], model.get_submodule(layer).in_features),
-            tensors[f"{layer}.scale"],
-            tensors[f"{layer}.minimum"],
-        )
-        for layer in layers
-    }
-    # Copied: one tensor that stays with the model would keep the whole file mapped, 70 MB of it resident.
-    return forms, {key: tensor.clone() for key, tensor in tensors.items() if key.endswith("norm.weight")}
+def cached_forms(cache: CalibrationCache, name: str, model) -> StoredForms | None:
+    """What `save_forms` stored, or None where there is nothing."""
+    try:
+        return StoredForms(cache.folder / f"{name}.safetensors", model)
+    except (OSError, SafetensorError):
+        return None

@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from kernels.calibration_cache import CalibrationCache, show_progress
+from streaming import read_weights
 
 WINDOWS = 32  # written side by side: a minute or two for SmolLM2 on two cores
 
@@ -26,6 +27,7 @@ def generated_windows(model, start: int, *, window: int) -> torch.Tensor:
         cache = CalibrationCache.of(model, torch.full((WINDOWS, 1), start), code=("generated_text.py",), window=window)
         tensors = cache.tensors("written")
         if tensors is None:
+            read_weights(model)
             tensors = {"ids": write(model, torch.full((WINDOWS, 1), start, device=model.device), window=window)}
             cache.save_tensors("written", tensors)
         model.generated_windows = kept = tensors["ids"].to(model.device, copy=True)

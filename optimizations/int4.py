@@ -34,6 +34,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -87,8 +88,6 @@ def apply(
     if not real and rounding == "gptq":
         rounding = "nearest"
         notes.append("random weights have no text to calibrate on: rounded to nearest, int8 layers by position")
-    if real and (rounding == "gptq" or int8_layers == "auto"):
-        read_weights(model)  # to calibrate
     text = functools.partial(calibration.calibration_ids, model, generated_share=generated_share)
     upgraded = _int8_names(model, linears, int8_layers, text, max_bits=max_bits, group_size=group_size)
     layers = len(linears)
@@ -109,7 +108,7 @@ def apply(
     def make(name: str, linear: nn.Linear) -> nn.Module:
         if name in upgraded:
             return Int8Linear(linear, group_size=group_size, int8_activations=True)
-        codes, scale, minimum = forms.pop(name) if forms else (None, None, None)
+        codes, scale, minimum = forms[name] if forms else (None, None, None)
         return Int4Linear(linear, group_size=group_size, codes=codes, scale=scale, minimum=minimum, search=real)
 
     replace_linears(model, make)
@@ -162,25 +161,28 @@ def effective_bits(model) -> float:
     return 8 * sum(stored.values()) / weights
 
 
-def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, int8: list[str], **options) -> tuple[CalibrationCache, dict]:
+def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, int8: list[str], **options) -> tuple[CalibrationCache, Mapping]:
     """Codes, scale and minimum by layer name, from the cache if found before; and that cache."""
     cache = CalibrationCache.of(model, ids, code=ROUNDING_CODE, int8=sorted(int8), **options)
-    forms, _ = cached_forms(cache, "gptq", model)
+    forms = cached_forms(cache, "gptq", model)
     if forms is None:
+        read_weights(model)
         forms = round_blockwise(model, ids, tied=tied, int8=int8, **options)
         save_forms(cache, "gptq", forms)
     return cache, forms
 
 
 def _tuned_forms(
-    model, forms: dict, cache: CalibrationCache, ids: torch.Tensor, *, tied: bool, group_size: int, steps: int
-) -> tuple[dict, dict]:
+    model, forms: Mapping, cache: CalibrationCache, ids: torch.Tensor, *, tied: bool, group_size: int, steps: int
+) -> tuple[Mapping, dict]:
     """Like `forms`, which `cache` holds, but tuned on `ids`; and weights of norms by name."""
     tuned_cache = CalibrationCache.of(model, ids, code=("tuning.py", "healing.py"), rounding=cache.folder.name, steps=steps)
-    tuned, norms = cached_forms(tuned_cache, "tuned", model)
-    if tuned is None:
-        tuned, norms = tune(model, ids, forms, group_size=group_size, steps=steps, tied=tied)
-        save_forms(tuned_cache, "tuned", tuned, norms)
+    stored = cached_forms(tuned_cache, "tuned", model)
+    if stored is not None:
+        return stored, stored.norms
+    read_weights(model)
+    tuned, norms = tune(model, ids, forms, group_size=group_size, steps=steps, tied=tied)
+    save_forms(tuned_cache, "tuned", tuned, norms)
     return tuned, norms
 
 
@@ -207,7 +209,7 @@ def _measured_costs(model, candidates: dict, ids: torch.Tensor, *, group_size: i
     cache = CalibrationCache.of(model, ids, code=("sensitivity.py", "int4.py"), group_size=group_size)
     if (known := cache.json("costs")) is not None:
         return known
-
+    read_weights(model)
     changes = {name: functools.partial(nearest_change, module.weight.data, group_size) for name, module in candidates.items()}
     if tied:
         changes[TABLE] = changes["lm_head"]

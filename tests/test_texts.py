@@ -8,9 +8,11 @@ import texts
 
 
 @pytest.fixture
-def news(monkeypatch):
-    """Stands for the text that calibration shares with nothing else."""
-    monkeypatch.setattr(texts, "load_text", lambda part: texts.Text(part, f"{part} news"))
+def carried(monkeypatch):
+    """No wikitext; news and encyclopaedia stand in for what the carrier package has."""
+    monkeypatch.setattr(texts, "_wikitext", lambda part: None)
+    monkeypatch.setattr(texts, "_lee_news", lambda part: texts.Text("news", f"{part} news"))
+    monkeypatch.setattr(texts, "_wikipedia", lambda: texts.Text("encyclopaedia", "articles"))
 
 
 @pytest.mark.embedded
@@ -23,13 +25,28 @@ def test_evaluation_text_is_no_calibration_text(embedded_source, monkeypatch):
     assert len(texts.load_text("calibration").content.splitlines()) == 200
 
 
-def test_the_reference_is_a_second_kind(news):
-    first, second = texts.calibration_texts()
-    assert first.content == "calibration news"
-    assert second.name == f"language reference of Python {sys.version_info.major}.{sys.version_info.minor}"
-    assert 'The "assert" statement' in second.content and len(second.content) > 100_000
+@pytest.mark.embedded
+def test_openings_of_articles_are_plain_prose(embedded_source):
+    text = texts._wikipedia().content
+    assert text.startswith("Anarchism is a political philosophy that advocates self-governed societies")
+    assert 130_000 < len(text) < 150_000 and "\n\nAutism is a neurodevelopmental disorder" in text
+    assert not any(mark in text for mark in ("[[", "{{", "<ref", "thumb|", "=="))
 
 
-def test_a_python_without_its_reference(news, monkeypatch):
+def test_three_kinds(carried):
+    news, encyclopaedia, reference = texts.calibration_texts()
+    assert (news.content, encyclopaedia.content) == ("calibration news", "articles")
+    assert reference.name == f"language reference of Python {sys.version_info.major}.{sys.version_info.minor}"
+    assert 'The "assert" statement' in reference.content and len(reference.content) > 100_000
+
+
+def test_wikitext_is_encyclopaedia_enough(carried, monkeypatch):
+    """Articles of the carried dump could be among those that wikitext's evaluation part has."""
+    monkeypatch.setattr(texts, "_wikitext", lambda part: texts.Text(f"wikitext {part}", "articles"))
+    assert [text.name for text in texts.calibration_texts()][:1] == ["wikitext calibration"]
+    assert len(texts.calibration_texts()) == 2
+
+
+def test_a_python_without_its_reference(carried, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    assert [text.name for text in texts.calibration_texts()] == ["calibration"]
+    assert [text.name for text in texts.calibration_texts()] == ["news", "encyclopaedia"]
