@@ -24,8 +24,8 @@ def calibration_ids(model, *, tokens: int, generated_share: float = 0.0, mixed: 
     """Windows of calibration text in the model's own tokens: int64 [tokens // 512 or fewer, 512], one at least, on its device.
 
     A `generated_share` of them, as far as they go, the model wrote itself; the others are spread evenly over the calibration
-    text or, `mixed`, over each of texts.calibration_texts(), equally many of each as far as it goes. Where there is more than
-    one kind they are in a random order, the same every time. Raises ValueError where no text has one window.
+    text or, `mixed`, over each of texts.calibration_texts(), equally many of each as far as it goes. The kinds take turns, so
+    that a few windows from anywhere are of all of them. Raises ValueError where no text has one window.
     """
     count = max(1, tokens // WINDOW)
     tokenizer = models.load_tokenizer(model.source)
@@ -48,10 +48,8 @@ def calibration_ids(model, *, tokens: int, generated_share: float = 0.0, mixed: 
         share = min(len(windows), -(-left // (len(ordered) - index)))
         chosen.append(windows[torch.linspace(0, max(len(windows) - 1, 0), share).round().long()])
         left -= share
-    together = torch.cat(chosen + own)
-    if len(chosen + own) == 1:
-        return together
-    return together[torch.randperm(len(together), generator=torch.Generator().manual_seed(0))]
+    places = torch.cat([(torch.arange(len(windows)) + 0.5) / len(windows) for windows in chosen + own])
+    return torch.cat(chosen + own)[places.argsort(stable=True)]
 
 
 def refit_windows(model) -> torch.Tensor:
