@@ -8,7 +8,8 @@ Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in 
         the rounded layers before it hand on; with `--correction` its weights first move towards those that give the float
         model's outputs on these inputs. At last scales, minimums and norms learn the float model's answers for
         `--tune-steps` steps, the codes standing still. Half of the calibration text the model writes itself, which keeps
-        what is learnt from holding for news alone. The result is cached in ~/.cache/tinyllama-optimization.
+        what is learnt from holding for news alone. The result is cached in ~/.cache/tinyllama-optimization; where it is found
+        there, layers are taken from it one by one and the float model is never in memory.
 Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss most per bit int8 instead, as far as
         `--max-bits` allows: 4.6 is int4 with a few exceptions, 6 a mixture. q, k and v count as one layer, and so do gate
         and up: lean decode multiplies them as one. `none`, or names, choose by hand.
