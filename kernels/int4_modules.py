@@ -30,7 +30,8 @@ class Int4Linear(nn.Module):
                 source.weight.shape, lambda rows: pack(*quantize_int4(rows_of(source.weight, rows), group_size, search=search))
             )
         else:
-            weight, scale, minimum = pack(codes, scale, minimum)
+            form = (codes, scale, minimum)  # packed in blocks as well: on the way, codes take more than a byte each
+            weight, scale, minimum = by_rows(source.weight.shape, lambda rows: pack(*(part[rows] for part in form)))
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("minimum", minimum)
