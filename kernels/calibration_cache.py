@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from streaming import UnreadWeight, block_rows, rows_of
+from streaming import UnreadWeight, block_rows
 
 ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tinyllama-optimization" / "calibration"
 CODE = ("refit.py", "pruning_costs.py", "compensation.py")  # a change of the maths is a change of the result
@@ -83,11 +83,12 @@ def _digest_of(parameter: torch.Tensor) -> bytes:
     """Of the values alone: the same whether they are in memory or in their file, from which they are read once for it."""
     if (known := getattr(parameter, "digest", None)) is not None:
         return known
-    digest, unread = hashlib.sha256(), isinstance(parameter, UnreadWeight)
-    step = block_rows(parameter.shape[1]) if unread else max(1, len(parameter))
-    for first in range(0, len(parameter), step):
-        rows = rows_of(parameter, slice(first, min(first + step, len(parameter))))
-        digest.update(rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest, blocks = hashlib.sha256(), [parameter]
+    if unread := isinstance(parameter, UnreadWeight):
+        rows, step = len(parameter), block_rows(parameter.shape[1])
+        blocks = (parameter.read(first, min(first + step, rows)) for first in range(0, rows, step))
+    for block in blocks:
+        digest.update(block.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     if unread:
         parameter.digest = digest.digest()
     return digest.digest()
