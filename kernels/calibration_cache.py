@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from streaming import UnreadWeight, block_rows
 
 ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tinyllama-optimization" / "calibration"
-CODE = ("refit.py", "pruning_costs.py", "compensation.py")  # a change of the maths is a change of the result
+CODE = ("refit.py", "divergence.py", "pruning_costs.py", "compensation.py")  # a change of the maths is a change of the result
 
 
 class CalibrationCache:

@@ -9,21 +9,20 @@ and the KL divergence to the dense model is taken. Between the measured points t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers.masking_utils import create_causal_mask
 
 from devices import fast_products
 from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.compensation import WRITERS
+from kernels.divergence import Divergence, probe_windows
 from kernels.refit import SELECTION_DAMPING, damped, eliminate
 
 MOMENT_WINDOWS = 24
-PROBES, PROBE_LENGTH = 4, 256
-RANKING_CODE = ("refit.py", "pruning_costs.py")  # what the results depend on
+PROBES = 6
+RANKING_CODE = ("refit.py", "divergence.py", "pruning_costs.py")  # what the results depend on
 MEASURED_SHARES = (0.25, 0.5)  # of the steps: where removals of 10 to 40 % of the whole model land
 SMALLEST_COST = 1e-7  # nats; below it lies rounding, and ratios of costs mean nothing
 
@@ -110,7 +109,7 @@ def rank(
 def cached_rankings(model, windows: torch.Tensor, *, part: str, group: int, at_once: int, steps: int) -> list[Ranking]:
     """`rank` for the "attention" or "mlp" writers on a share of `windows` [W, T], with progress on stderr, kept on disk."""
     layers = [layer.get_submodule(WRITERS[part]) for layer in model.model.layers]
-    probes = probe_windows(windows)
+    probes = probe_windows(windows, PROBES)
     points = sorted({max(1, round(share * steps)) for share in MEASURED_SHARES})
     options = {"part": part, "group": group, "at_once": at_once, "steps": steps, "points": points, "probes": list(probes.shape)}
     cache = CalibrationCache.of(model, windows, code=RANKING_CODE, **options)
@@ -125,12 +124,6 @@ def cached_rankings(model, windows: torch.Tensor, *, part: str, group: int, at_o
 def moment_windows(windows: torch.Tensor) -> torch.Tensor:
     """Those of `windows` [W, T] that moments are taken on, spread over all of them."""
     return windows[torch.linspace(0, len(windows) - 1, min(len(windows), MOMENT_WINDOWS)).round().long()]
-
-
-def probe_windows(windows: torch.Tensor, most: int = PROBES) -> torch.Tensor:
-    """The few short windows that divergences are measured on, int64 [P, T], spread over `windows` [W, T]."""
-    count = min(most, len(windows))
-    return windows[((torch.arange(count) + 0.5) * len(windows) / count).long()][:, :PROBE_LENGTH]
 
 
 def refitted_without(weight: torch.Tensor, second_moment: torch.Tensor, gone: list[int], *, group: int) -> torch.Tensor:
@@ -157,52 +150,3 @@ def corrected(costs: list[float], measured: dict[int, float]) -> list[float]:
         factor = factors[before] + share * (factors[after] - factors[before])
         result.append(max([cost * math.exp(factor), *result[-1:]]))  # removing more never costs less
     return result
-
-
-class Divergence:
-    """KL divergence of a changed model to what it was at construction, on a few windows [P, T], in nats per token.
-
-    Layers run in bfloat16 where the device multiplies it faster, logits are float32: rounded ones alone would be 0.001 nats.
-    """
-
-    @torch.inference_mode()
-    def __init__(self, model, probes: torch.Tensor):
-        self.model = model
-        hidden = model.model.embed_tokens(probes)
-        positions = torch.arange(probes.shape[1], device=probes.device)[None]
-        self._context = {
-            "position_embeddings": model.model.rotary_emb(hidden, position_ids=positions),
-            "attention_mask": create_causal_mask(
-                config=model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
-            ),
-        }
-        self._entering = [hidden]
-        self.follow()
-        self._log_probs = [self._answer(rows) for rows in self._entering[-1]]
-
-    @torch.inference_mode()
-    def follow(self) -> None:
-        """Take the model as it is now for the layers that later calls do not run; the answers compared with stay."""
-        self._entering = self._entering[:1]
-        for layer in self.model.model.layers:
-            self._entering.append(self._run(layer, self._entering[-1]))
-
-    @torch.inference_mode()
-    def after(self, index: int, instead: Callable | None = None) -> float:
-        """The divergence when only decoder layer `index` differs (runs as `instead`): layers before it are not run again."""
-        layers = list(self.model.model.layers)[index:]
-        layers[0] = instead or layers[0]
-        hidden = self._entering[index]
-        for layer in layers:
-            hidden = self._run(layer, hidden)
-        apart = 0.0
-        for rows, expected in zip(hidden, self._log_probs, strict=True):  # a window at a time: vocabularies are wide
-            apart += float(F.kl_div(self._answer(rows), expected, log_target=True, reduction="sum"))
-        return apart / hidden[..., 0].numel()
-
-    def _run(self, layer, hidden: torch.Tensor) -> torch.Tensor:
-        with fast_products(hidden.device):
-            return layer(hidden, **self._context)
-
-    def _answer(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.model.lm_head(self.model.model.norm(rows)).float().log_softmax(-1)

@@ -23,9 +23,10 @@ import calibration
 import cli
 from inference import Inference
 from kernels.calibration_cache import CalibrationCache, show_progress
-from kernels.pruning_costs import Divergence, probe_windows
+from kernels.divergence import Divergence, probe_windows
 
 WHAT = ("attention", "blocks")
+PROBES = 6
 
 
 def apply(model, *, what: str = "attention", count: int = 2):
@@ -38,7 +39,7 @@ def apply(model, *, what: str = "attention", count: int = 2):
     check(model.config, what=what, count=count)
     if count >= present:
         raise ValueError(f"--count {count}: leaves no attention of {present} sublayers; choose less")
-    windows = probe_windows(calibration.refit_windows(model))
+    windows = probe_windows(calibration.refit_windows(model), PROBES)
     gone, costs = choose(model, windows, what=what, count=count)
     remove = _remove_attention if what == "attention" else _remove_blocks
     remove(model, gone)
@@ -46,9 +47,8 @@ def apply(model, *, what: str = "attention", count: int = 2):
     for index, attention in enumerate(numbered):
         attention.layer_idx = index  # which layer of the KV cache is its own
     name = "attention sublayers" if what == "attention" else "blocks"
-    note = (
-        f"removed {count} {name} ({', '.join(map(str, sorted(gone)))}): KL on calibration text {costs[-1]:.4f} nats per token"
-    )
+    which = ", ".join(map(str, sorted(gone)))
+    note = f"removed {count} {name} ({which}): KL on calibration text about {costs[-1]:.4f} nats per token"
     model.notes = [*getattr(model, "notes", []), note]
     return model
 

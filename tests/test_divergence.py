@@ -1,0 +1,84 @@
+"""The divergence that pruning chooses by: equal to the whole vocabulary's where all of it is asked, near it where a few are."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_tiny
+
+from kernels import divergence
+from kernels.divergence import Divergence, asked_tokens, divergence_of, probe_windows
+
+PROBES = torch.randint(1, 97, (3, 40), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def model():
+    return make_tiny("three_a_group")
+
+
+@torch.no_grad()
+def whole_divergence(model, before: torch.Tensor) -> float:
+    """In nats per token, over the whole vocabulary, the model run from its first layer."""
+    after = model(PROBES).logits.log_softmax(-1)
+    return float(F.kl_div(after, before, log_target=True, reduction="sum")) / PROBES.numel()
+
+
+@pytest.mark.parametrize(("asked", "tolerance"), [(97, 1e-4), (32, 0.15)])
+@pytest.mark.parametrize("sharpness", [1, 4])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_it_is_the_divergence_of_the_answers(model, monkeypatch, index, sharpness, asked, tolerance):
+    """Of a model that knows nothing or something; the first change alone, and one more after it."""
+    monkeypatch.setattr(divergence, "fast_products", lambda _device: contextlib.nullcontext())
+    monkeypatch.setattr(divergence, "ASKED", asked)
+    model.lm_head.weight.data *= sharpness
+    with torch.no_grad():
+        before = model(PROBES).logits.log_softmax(-1)
+    reading = Divergence(model, PROBES)
+    assert reading.after(index) == pytest.approx(0, abs=1e-9)
+    model.model.layers[index].self_attn.o_proj.weight.data[:, :32] = 0
+    assert reading.after(index) == pytest.approx(whole_divergence(model, before), rel=tolerance)
+    reading.follow()
+    model.model.layers[2].mlp.down_proj.weight.data[:, ::2] = 0
+    assert reading.after(2) == pytest.approx(whole_divergence(model, before), rel=tolerance)
+
+
+def test_shares_are_a_distribution_and_the_likeliest_are_asked(monkeypatch):
+    monkeypatch.setattr(divergence, "ASKED", 16)
+    logits = 3 * torch.randn(5, 1000, generator=torch.Generator().manual_seed(2))
+    tokens, shares = asked_tokens(logits, torch.Generator().manual_seed(0))
+    assert tokens.shape == shares.shape == (5, 16)
+    torch.testing.assert_close(shares.sum(-1), torch.ones(5, dtype=torch.float64))
+    chances, likeliest = logits.double().softmax(-1).topk(8)
+    torch.testing.assert_close(shares[:, :8], chances)
+    assert torch.equal(tokens[:, :8], likeliest)
+    assert all(set(drawn.tolist()).isdisjoint(first.tolist()) for drawn, first in zip(tokens[:, 8:], likeliest, strict=True))
+
+
+def test_a_model_without_doubt():
+    """Of one token everything, of the others nothing at all that float32 could hold."""
+    logits = 1000 * torch.eye(3, 500)
+    tokens, shares = asked_tokens(logits, torch.Generator().manual_seed(0))
+    moved = torch.full(tokens.shape, -500.0)
+    moved[:, 0] = 0
+    assert float(divergence_of(moved, shares)) == 0
+    assert float(divergence_of(-moved, shares)) == pytest.approx(0, abs=1e-12)
+
+
+def test_small_divergences_do_not_drown_in_rounding():
+    """A thousandth of a nat's millionth, from logits of a common size: p (d - mean)^2 / 2 to second order."""
+    shares = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    moved = torch.tensor([[3e-5, 0.0, -2e-5]]) + 4.0
+    exact = moved.double()
+    variance = float((shares * exact**2).sum() - (shares * exact).sum() ** 2)
+    assert float(divergence_of(moved, shares)) == pytest.approx(variance / 2, rel=1e-3)
+
+
+def test_probes_are_spread_over_the_windows(monkeypatch):
+    monkeypatch.setattr(divergence, "PROBE_LENGTH", 3)
+    windows = torch.arange(60).view(12, 5)
+    assert probe_windows(windows, 4).tolist() == [[5, 6, 7], [20, 21, 22], [35, 36, 37], [50, 51, 52]]
+    assert len(probe_windows(windows, 99)) == 12
