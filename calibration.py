@@ -8,11 +8,14 @@ words: their windows are seeded random ids, so that every technique still runs f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
+import transformers
 
 import models
 import texts
+from kernels.calibration_cache import CalibrationCache
 from kernels.generated_text import generated_windows
 
 WINDOW = 512
@@ -28,20 +31,17 @@ def calibration_ids(model, *, tokens: int, generated_share: float = 0.0, mixed: 
     that a few windows from anywhere are of all of them. Raises ValueError where no text has one window.
     """
     count = max(1, tokens // WINDOW)
-    tokenizer = models.load_tokenizer(model.source)
-    if tokenizer is None:
+    if model.source.random_weights:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(model.config.vocab_size, (count, WINDOW), generator=generator).to(model.device)
     found = []
     for text in texts.calibration_texts() if mixed else [texts.load_text("calibration")]:
-        ids = torch.tensor(tokenizer(text.content, verbose=False).input_ids)
+        ids, start = _tokenised(text, model.source)
         found.append(ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW).to(model.device))
     if not sum(map(len, found)):
         raise ValueError(f"the calibration text has fewer tokens than one window of {WINDOW}")
     own = []
     if wanted := round(count * generated_share):
-        marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        start = next((mark for mark in marks if mark is not None), 0)  # a tokenizer without either: any token begins a text
         own = [generated_windows(model, start, window=WINDOW)[:wanted]]
     left, chosen = count - sum(map(len, own)), []
     for index, windows in enumerate(ordered := sorted(found, key=len)):  # what a short text lacks, longer ones make up for
@@ -50,6 +50,26 @@ def calibration_ids(model, *, tokens: int, generated_share: float = 0.0, mixed: 
         left -= share
     places = torch.cat([(torch.arange(len(windows)) + 0.5) / len(windows) for windows in chosen + own])
     return torch.cat(chosen + own)[places.argsort(stable=True)]
+
+
+def _tokenised(text: texts.Text, source: models.ModelSource) -> tuple[torch.Tensor, int]:
+    """Token ids of `text`, int64 [T], and the token that begins any text.
+
+    Kept on disk for GGUF files: making a tokenizer out of one takes seconds, and more memory than all of SmolLM2 in int4.
+    """
+    cache = None
+    if source.kind == "gguf":
+        file = models.file_sha256(Path(source.location))
+        cache = CalibrationCache.named(tokens_of=text.sha256, tokenizer=file, transformers=transformers.__version__)
+        if kept := cache.tensors("tokens"):
+            return kept["ids"], int(kept["start"])
+    tokenizer = models.load_tokenizer(source)
+    ids = torch.tensor(tokenizer(text.content, verbose=False).input_ids)
+    marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    start = next((mark for mark in marks if mark is not None), 0)  # a tokenizer without either: any token begins a text
+    if cache:
+        cache.save_tensors("tokens", {"ids": ids, "start": torch.tensor(start)})
+    return ids, start
 
 
 def refit_windows(model) -> torch.Tensor:

@@ -46,6 +46,11 @@ class CalibrationCache:
             digest.update((Path(__file__).parent / file).read_bytes())
         return cls(ROOT.expanduser() / digest.hexdigest()[:24])
 
+    @classmethod
+    def named(cls, **what: str) -> CalibrationCache:
+        """The cache of what depends on no weights: `what` says on what it does."""
+        return cls(ROOT.expanduser() / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24])
+
     def json(self, name: str):
         """The value saved under `name`, or None."""
         try:

@@ -29,8 +29,11 @@ class StoredForms(Mapping):
         self.norms = {name: self._read(name) for name in names if name.endswith("norm.weight")}
 
     def __getitem__(self, layer: str) -> Form:
-        codes = unpack_nibbles(self._read(f"{layer}.codes"), self._inputs[layer])
-        return codes, self._read(f"{layer}.scale"), self._read(f"{layer}.minimum")
+        return self.rows(layer, slice(None))
+
+    def rows(self, layer: str, rows: slice) -> Form:
+        codes = unpack_nibbles(self._read(f"{layer}.codes", rows), self._inputs[layer])
+        return codes, self._read(f"{layer}.scale", rows), self._read(f"{layer}.minimum", rows)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)
@@ -38,9 +41,14 @@ class StoredForms(Mapping):
     def __len__(self) -> int:
         return len(self._inputs)
 
-    def _read(self, name: str) -> torch.Tensor:
+    def _read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
         with safe_open(self._path, framework="pt") as file:
-            return file.get_tensor(name).to(self._device, copy=True)
+            return file.get_slice(name)[rows].to(self._device, copy=True)
+
+
+def rows_of_form(forms: Mapping[str, Form], layer: str, rows: slice) -> Form:
+    """Codes [n, K], scale and minimum [n, G] of some rows of a layer; of stored forms no more than these is read."""
+    return forms.rows(layer, rows) if isinstance(forms, StoredForms) else tuple(part[rows] for part in forms[layer])
 
 
 def save_forms(cache: CalibrationCache, name: str, forms: Mapping[str, Form], norms: dict | None = None) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
+from kernels.gptq import Form
 from kernels.int4 import dequantize_int4, int4_linear, pack, pack_nibbles, quantize_int4, unpack_nibbles
 from kernels.packing import CHANNELS, scale_rows
 from streaming import by_rows, rows_of
@@ -14,24 +17,21 @@ class Int4Linear(nn.Module):
     """y = x W^T + b with W in int4 and x quantised to int8 per token and group on the fly; returns the dtype of x.
 
     `weight` holds two codes to a byte: uint8 [N, ceil(K / 2)], the first in the low half, with bfloat16 `scale` and
-    `minimum` [N, G]; all three are packed in panels (kernels/packing.py) where the CPU kernels run. Without `codes`
-    (uint8 [N, K]), `scale` and `minimum` the weights of `source` are rounded to nearest, as quantize_int4 does with `search`.
+    `minimum` [N, G]; all three are packed in panels (kernels/packing.py) where the CPU kernels run. `form(rows)` gives
+    codes (uint8 [n, K]), scale and minimum of a slice of rows, so that no matrix is unpacked whole; without it the weights of
+    `source` are rounded to nearest, as quantize_int4 does with `search`.
     """
 
-    def __init__(
-        self, source: nn.Linear, *, group_size: int, codes: torch.Tensor | None = None,
-        scale: torch.Tensor | None = None, minimum: torch.Tensor | None = None, search: bool = True,
-    ):  # fmt: skip
+    def __init__(self, source: nn.Linear, *, group_size: int, form: Callable[[slice], Form] | None = None, search: bool = True):
         super().__init__()
         group_size = min(group_size, source.in_features)  # one head that pruning left may be narrower than a group
         self.in_features, self.out_features, self.group_size = source.in_features, source.out_features, group_size
-        if codes is None:
-            weight, scale, minimum = by_rows(
-                source.weight.shape, lambda rows: pack(*quantize_int4(rows_of(source.weight, rows), group_size, search=search))
-            )
-        else:
-            form = (codes, scale, minimum)  # packed in blocks as well: on the way, codes take more than a byte each
-            weight, scale, minimum = by_rows(source.weight.shape, lambda rows: pack(*(part[rows] for part in form)))
+        if form is None:
+
+            def form(rows: slice) -> Form:
+                return quantize_int4(rows_of(source.weight, rows), group_size, search=search)
+
+        weight, scale, minimum = by_rows(source.weight.shape, lambda rows: pack(*form(rows)))
         self.register_buffer("weight", weight)
         self.register_buffer("scale", scale)
         self.register_buffer("minimum", minimum)

@@ -47,7 +47,7 @@ from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.blockwise import STAGES, round_blockwise
 from kernels.calibration_cache import CalibrationCache
-from kernels.form_cache import cached_forms, save_forms
+from kernels.form_cache import cached_forms, rows_of_form, save_forms
 from kernels.gated_mlp import use_gated_mlps
 from kernels.int4 import GROUP_SIZES, nearest_change
 from kernels.int4_modules import Int4Linear, Int4Table
@@ -99,18 +99,17 @@ def apply(
         options = {"group_size": group_size, "damping": damping, "correction": correction}
         cache, forms = _gptq_forms(model, ids, tied=tied, int8=upgraded, **options)
         if tune_steps:
-            rounded = forms
             ids = text(tokens=(tune_steps + HELD_OUT_MOST) * calibration.WINDOW)
-            forms, norms = _tuned_forms(model, rounded, cache, ids, tied=tied, group_size=group_size, steps=tune_steps)
-            learnt = any(not torch.equal(forms[name][1].float(), rounded[name][1].float()) for name in forms)
+            forms, norms = _tuned_forms(model, forms, cache, ids, tied=tied, group_size=group_size, steps=tune_steps)
+            learnt = any(not torch.equal(weight, model.get_parameter(name)) for name, weight in norms.items())
             outcome = "scales, minimums and norms learnt" if learnt else "nothing kept, held-out text did not gain"
             notes.append(f"tuned for {tune_steps} steps: {outcome}")
 
     def make(name: str, linear: nn.Linear) -> nn.Module:
         if name in upgraded:
             return Int8Linear(linear, group_size=group_size, int8_activations=True)
-        codes, scale, minimum = forms[name] if forms else (None, None, None)
-        return Int4Linear(linear, group_size=group_size, codes=codes, scale=scale, minimum=minimum, search=real)
+        form = functools.partial(rows_of_form, forms, name) if forms else None
+        return Int4Linear(linear, group_size=group_size, form=form, search=real)
 
     replace_linears(model, make)
     for name, weight in norms.items():

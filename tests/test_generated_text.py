@@ -46,6 +46,23 @@ def test_cached_steps_draw_what_whole_passes_would(tiny):
         assert torch.equal(model(written).logits[:, :-1].argmax(-1), written[:, 1:])
 
 
+def test_tokens_of_a_gguf_file_are_kept(model, monkeypatch, tmp_path):
+    """Its tokenizer is made once; another file, or other words, have tokens of their own."""
+    file, made, real = tmp_path / "a.gguf", [], models.load_tokenizer
+    monkeypatch.setattr(models, "load_tokenizer", lambda source: made.append(source.name) or real(source))
+    monkeypatch.setattr(texts, "load_text", lambda part: texts.Text("news", "5 " * 40))
+    file.write_bytes(b"one")
+    model.source = models.ModelSource("one", "gguf", str(file))
+    first = calibration.calibration_ids(model, tokens=64, generated_share=0.5)
+    assert torch.equal(calibration.calibration_ids(model, tokens=64, generated_share=0.5), first)
+    assert made == ["one"] and int((first[:, 0] == 3).sum()) == 2, "the model's own windows begin as they did"
+    file.write_bytes(b"two")
+    calibration.calibration_ids(model, tokens=64)
+    monkeypatch.setattr(texts, "load_text", lambda part: texts.Text("news", "6 " * 40))
+    assert (calibration.calibration_ids(model, tokens=64) == 6).all()
+    assert made == ["one"] * 3
+
+
 @pytest.mark.parametrize(
     ("tokens", "share", "own", "long", "short"),
     [(6, 0.0, 0, 4, 2), (3, 0.0, 0, 1, 2), (6, 0.5, 3, 1, 2), (6, 1.0, 4, 1, 1), (99, 0.0, 0, 11, 2), (0, 0.0, 0, 0, 1)],
