@@ -19,7 +19,7 @@ from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.divergence import Divergence, probe_windows
 from kernels.pruning_costs import RANKING_CODE, WRITERS, Ranking, moment_windows, refitted_without
 
-PROBES = (8, 24)  # at least, and at most: as many as a model of 135M parameters has time for
+PROBES = 8
 MOVES = 72  # removals at most, each of as many steps as it takes
 
 
@@ -32,22 +32,16 @@ def cached_allocation(model, windows: torch.Tensor, rankings: list[Ranking], tot
     possible = sum(len(ranking.costs) for ranking in rankings)
     if total > possible:
         raise ValueError(f"{total} removals asked for, {possible} are possible")
-    options = {"part": part, "group": group, "total": total, "probes": (probes := _probes(model)), "moves": MOVES}
+    options = {"part": part, "group": group, "total": total, "probes": PROBES, "moves": MOVES}
     cache = CalibrationCache.of(model, windows, code=(*RANKING_CODE, "allocation.py"), **options)
     taken = cache.json("taken") or [0] * len(rankings)
     if sum(taken) < total:
-        _take_in_turn(model, windows, rankings, total, taken, cache, probes=probes, writers=WRITERS[part], group=group)
+        _take_in_turn(model, windows, rankings, total, taken, cache, writers=WRITERS[part], group=group)
     return taken
 
 
-def _probes(model) -> int:
-    """Fewer for larger models, whose readings take longer: on eight alone, chance says more about which heads go."""
-    fewest, most = PROBES
-    return min(max(round(most * 135e6 / model.num_parameters()), fewest), most)
-
-
 @torch.no_grad()
-def _take_in_turn(model, windows, rankings, total: int, taken: list[int], cache, *, probes: int, writers: str, group: int):
+def _take_in_turn(model, windows, rankings, total: int, taken: list[int], cache, *, writers: str, group: int) -> None:
     """Raises the entries of `taken` until they are `total` together."""
     layers = [layer.get_submodule(writers) for layer in model.model.layers]
     dense = [layer.weight.data for layer in layers]
@@ -57,7 +51,7 @@ def _take_in_turn(model, windows, rankings, total: int, taken: list[int], cache,
             model.model(window[None], use_cache=False)
 
     moments = calibration.second_moments(run, layers)
-    divergence = Divergence(model, probe_windows(windows, probes))
+    divergence = Divergence(model, probe_windows(windows, PROBES))
     stride = math.ceil(total / MOVES)
 
     def without(index: int, steps: int) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """How far a changed model's answers are from what they were, cheaply enough to be asked hundreds of times.
 
 Pruning chooses by measuring: what does the model lose without this head, this block, on top of what is gone already? Two
-things make a reading quick. Layers before the changed one are not run again. And of each position only `ASKED` tokens of the
-vocabulary are compared, because the logits of all of them would take longer than the layers do.
+things make a reading quick. Layers before the changed one are not run again. And of each position only a few tokens of the
+vocabulary are asked about, because the logits of all of them would take longer than the layers do.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask
 from devices import fast_products
 
 PROBE_LENGTH = 256
-ASKED = 64  # tokens of the vocabulary at each position
+LIKELIEST, DRAWN = 32, 32  # tokens of the vocabulary at each position: the first so many, and of the others
 
 
 def probe_windows(windows: torch.Tensor, most: int) -> torch.Tensor:
@@ -47,7 +47,8 @@ class Divergence:
         self.follow()
         self._answers = [self.model.model.norm(rows).float() for rows in self._entering[-1]]
         generator = torch.Generator().manual_seed(0)
-        self._asked = [asked_tokens(model.lm_head(rows).float(), generator) for rows in self._answers]
+        everything = (model.lm_head(rows).float() for rows in self._answers)
+        self._asked = [asked_tokens(logits, generator, likeliest=LIKELIEST, drawn=DRAWN) for logits in everything]
 
     @torch.inference_mode()
     def follow(self) -> None:
@@ -67,7 +68,7 @@ class Divergence:
         apart = 0.0
         for rows, before, (tokens, shares) in zip(hidden, self._answers, self._asked, strict=True):
             moved = self.model.model.norm(rows).float() - before
-            apart += float(divergence_of(torch.einsum("tah,th->ta", self.model.lm_head.weight[tokens].float(), moved), shares))
+            apart += float(divergence_of(asked_logits(self.model.lm_head, moved, tokens), shares))
         return apart / hidden[..., 0].numel()
 
     def _run(self, layer, hidden: torch.Tensor) -> torch.Tensor:
@@ -75,21 +76,28 @@ class Divergence:
             return layer(hidden, **self._context)
 
 
-def asked_tokens(logits: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens that each position is asked about, int64 [T, A], and their shares of the distribution, float64 [T, A].
+def asked_tokens(
+    logits: torch.Tensor, generator: torch.Generator, *, likeliest: int, drawn: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tokens that each position is asked about, int64 [T, A], and their shares of the distribution, float32 [T, A].
 
-    logits float32 [T, V]. The likeliest A/2 have their probabilities as shares; the others divide what is left.
-    A vocabulary of no more than A tokens is asked whole.
+    logits float32 [T, V]. The `likeliest` have their probabilities as shares; those `drawn` from all others, some of them more
+    than once, divide what is left. A vocabulary of no more than A tokens is asked whole.
     """
-    chances = logits.double().softmax(-1)
-    if chances.shape[-1] <= ASKED:
+    chances = logits.softmax(-1)
+    if chances.shape[-1] <= likeliest + drawn:
         return torch.arange(chances.shape[-1], device=logits.device).expand(chances.shape), chances
-    likely, first = chances.topk(ASKED // 2)
-    rest = chances.scatter(1, first, 0.0)
-    weights = rest.float().clamp_min(torch.finfo(torch.float32).tiny).cpu()  # where nothing is left, any stand for nothing
-    drawn = torch.multinomial(weights, ASKED // 2, replacement=True, generator=generator).to(logits.device)
-    left = rest.sum(-1, keepdim=True) / (ASKED // 2)
-    return torch.cat([first, drawn], 1), torch.cat([likely, left.expand(drawn.shape)], 1)
+    likely, first = chances.topk(likeliest)
+    rest = chances.scatter_(1, first, 0.0)
+    left = rest.sum(-1, keepdim=True) / drawn
+    weights = rest.clamp_min_(torch.finfo(torch.float32).tiny).cpu()  # where nothing is left, any stand for nothing
+    others = torch.multinomial(weights, drawn, replacement=True, generator=generator).to(logits.device)
+    return torch.cat([first, others], 1), torch.cat([likely, left.expand(others.shape)], 1)
+
+
+def asked_logits(head: torch.nn.Linear, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of the asked `tokens` [T, A] at hidden states `rows` [T, H], float32 [T, A]; the others are not computed."""
+    return torch.einsum("tah,th->ta", head.weight[tokens].float(), rows.float())
 
 
 def divergence_of(moved: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
@@ -97,5 +105,6 @@ def divergence_of(moved: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
 
     log E_p[exp(d)] - E_p[d], in float64: the two are nearly equal.
     """
-    moved = moved.double()
+    moved, shares = moved.double(), shares.double()
+    shares = shares / shares.sum(-1, keepdim=True)
     return ((moved + shares.log()).logsumexp(-1) - (shares * moved).sum(-1)).sum()

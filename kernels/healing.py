@@ -18,8 +18,10 @@ from torch import nn
 
 from devices import fast_products, has_half_arithmetic
 from kernels.calibration_cache import CalibrationCache, show_progress
+from kernels.divergence import asked_logits, asked_tokens, divergence_of
 
-KEPT_TOKENS = 128  # of the dense distribution at each position; the others count as one outcome
+KEPT_TOKENS = 128  # of the dense distribution at each position
+DRAWN_TOKENS = 32  # of the others, which they stand for
 HELD_OUT_EVERY = 8
 HELD_OUT_MOST = 8
 RANK = 32
@@ -40,30 +42,39 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 
 
 class Teacher:
-    """The dense model's answers on `windows` int64 [W, T]: top tokens' ids and log-probabilities, [W, T, kept]."""
+    """The dense model's answers on `windows` int64 [W, T]: the likeliest tokens at each position and a few of the others, with
+    their log-probabilities and their shares of the distribution (kernels/divergence.py), [W, T, asked] each."""
 
     @torch.inference_mode()
     def __init__(self, model, windows: torch.Tensor):
         if len(windows) < 2:
             raise ValueError("--heal-minutes: the calibration text fills one window; training needs two")
-        self.windows = windows.clone()
-        ids, log_probs = [], []
+        self.windows, self._answers = windows.clone(), []
+        generator = torch.Generator().manual_seed(0)
         for done, window in enumerate(windows):
             with fast_products(model.device):
                 logits = model(window[None], use_cache=False).logits[0].float()
-            top = logits.log_softmax(-1).topk(min(KEPT_TOKENS, model.config.vocab_size))
-            ids.append(top.indices.to(torch.int32))
-            log_probs.append(top.values)
+            tokens, shares = asked_tokens(logits, generator, likeliest=KEPT_TOKENS, drawn=DRAWN_TOKENS)
+            log_probs = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
+            self._answers.append((tokens.to(torch.int32), log_probs, shares))
             show_progress("dense answers", done + 1, len(windows))
-        self.ids, self.log_probs = torch.stack(ids), torch.stack(log_probs)
 
     def divergence(self, model, index: int) -> torch.Tensor:
-        """KL(dense || model) on one window, nats per token, differentiable."""
+        """KL(dense || model) on one window, nats per token, differentiable.
+
+        A plain lm_head answers for the tokens asked about only, which saves a third of a training step. Where lm_head itself
+        is trained, or rounds its inputs, its whole answer is taken: the likeliest tokens one by one, all others as one outcome.
+        """
         with torch.inference_mode(False):
-            window, ids, dense = self.windows[index].clone(), self.ids[index].long(), self.log_probs[index].clone()
+            window, tokens, dense, shares = (part.clone() for part in (self.windows[index], *self._answers[index]))
+        tokens = tokens.long()
         with fast_products(model.device):
-            logits = model(window[None], use_cache=False).logits[0].float()
-        inside = (logits - logits.logsumexp(-1, keepdim=True)).gather(1, ids)
+            hidden = model.model(window[None], use_cache=False).last_hidden_state[0]
+            logits = None if type(model.lm_head) is nn.Linear else model.lm_head(hidden).float()
+        if logits is None:
+            return divergence_of(asked_logits(model.lm_head, hidden, tokens) - dense, shares) / len(window)
+        tokens, dense = tokens[:, :KEPT_TOKENS], dense[:, :KEPT_TOKENS]
+        inside = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
         dense_rest, rest = (1 - side.exp().sum(1).clamp_max(1 - 1e-6) for side in (dense, inside))
         return ((dense.exp() * (dense - inside)).sum(1) + dense_rest * (dense_rest / rest).log()).mean()
 
@@ -97,7 +108,7 @@ def heal(model, teacher: Teacher, *, minutes: float, seed: int = 0, clock=time.m
     The seed fixes the order of windows and the start; how many steps fit is the machine's. What was learnt is kept on disk, and
     taken from there for the same pruned weights, windows and minutes.
     """
-    cache = CalibrationCache.of(model, teacher.windows, code=("healing.py",), minutes=minutes, seed=seed)
+    cache = CalibrationCache.of(model, teacher.windows, code=("divergence.py", "healing.py"), minutes=minutes, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     names = [name for name, part in model.model.layers.named_modules() if type(part) is nn.Linear]
     for name in names:
