@@ -32,8 +32,12 @@ class StoredForms(Mapping):
         return self.rows(layer, slice(None))
 
     def rows(self, layer: str, rows: slice) -> Form:
-        codes = unpack_nibbles(self._read(f"{layer}.codes", rows), self._inputs[layer])
+        inputs = self._inputs[layer]
+        codes = unpack_nibbles(self._read(f"{layer}.codes", rows), inputs)
         return codes, self._read(f"{layer}.scale", rows), self._read(f"{layer}.minimum", rows)
+
+    def __contains__(self, layer: object) -> bool:  # Mapping's own would read the form to find out
+        return layer in self._inputs
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._inputs)

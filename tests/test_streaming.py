@@ -16,6 +16,7 @@ import models
 import streaming
 from inference import Inference
 from kernels import calibration_cache
+from kernels.int8_modules import Int8Linear
 from models import find_model, load_model
 from optimizations import int4, mixed_precision, quantization
 from streaming import UnreadWeight, read_weights, streams, takes_unread
@@ -81,6 +82,18 @@ def test_int4_found_before_reads_no_matrix_whole(tied, tmp_path, monkeypatch, id
     for needs_the_floats in ("read_weights", "loss_increases", "round_blockwise", "tune"):
         monkeypatch.setattr(int4, needs_the_floats, None)
     again = int4.apply(load_model(source, read=False), **options)
+    assert again.notes == first.notes and torch.equal(logits_of(again, ids), logits_of(first, ids))
+
+
+def test_int4_tunes_what_an_earlier_run_had_rounded(tmp_path, monkeypatch, ids):
+    """Stopped before its tuning was kept, a run goes on with the rounded layers on disk; some are int8 and not among them."""
+    source, options = source_of("folder", False, tmp_path, monkeypatch), {"group_size": 32, "max_bits": 6.5}
+    first = int4.apply(load_model(source), **options)
+    for kept in calibration_cache.ROOT.glob("*/tuned.safetensors"):
+        kept.unlink()
+    monkeypatch.setattr(int4, "round_blockwise", None)
+    again = int4.apply(load_model(source, read=False), **options)
+    assert any(isinstance(module, Int8Linear) for module in again.modules())
     assert again.notes == first.notes and torch.equal(logits_of(again, ids), logits_of(first, ids))
 
 
