@@ -53,9 +53,11 @@ class Teacher:
         generator = torch.Generator().manual_seed(0)
         for done, window in enumerate(windows):
             with fast_products(model.device):
-                logits = model(window[None], use_cache=False).logits[0].float()
+                hidden = model.model(window[None], use_cache=False).last_hidden_state[0]
+                logits = model.lm_head(hidden).float()
             tokens, shares = asked_tokens(logits, generator, likeliest=KEPT_TOKENS, drawn=DRAWN_TOKENS)
-            log_probs = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
+            # In float32, as the model's answers will be: rounded ones would lie a thousandth of a nat apart from the start.
+            log_probs = asked_logits(model.lm_head, hidden, tokens) - logits.logsumexp(-1, keepdim=True)
             self._answers.append((tokens.to(torch.int32), log_probs, shares))
             show_progress("dense answers", done + 1, len(windows))
 
