@@ -27,17 +27,16 @@ def calibration_ids(model, *, tokens: int, generated_share: float = 0.0, mixed: 
     """Windows of calibration text in the model's own tokens: int64 [tokens // 512 or fewer, 512], one at least, on its device.
 
     A `generated_share` of them, as far as they go, the model wrote itself; the others are spread evenly over the calibration
-    text or, `mixed`, over each of texts.calibration_texts(), equally many of each as far as it goes. The kinds take turns, so
-    that a few windows from anywhere are of all of them. Raises ValueError where no text has one window.
+    text or, `mixed`, over each of texts.calibration_texts(), equally many of each as far as it goes. The kinds take turns, and
+    those of one kind stand in no order of the text, so that the first few are of all kinds and from all over them: who needs
+    only a few takes these. Raises ValueError where no text has one window.
     """
     count = max(1, tokens // WINDOW)
     if model.source.random_weights:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(model.config.vocab_size, (count, WINDOW), generator=generator).to(model.device)
-    found = []
-    for text in texts.calibration_texts() if mixed else [texts.load_text("calibration")]:
-        ids, start = _tokenised(text, model.source)
-        found.append(ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW).to(model.device))
+    tokens_of_texts, start = _tokenised(texts.calibration_texts() if mixed else [texts.load_text("calibration")], model.source)
+    found = [ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW).to(model.device) for ids in tokens_of_texts]
     if not sum(map(len, found)):
         raise ValueError(f"the calibration text has fewer tokens than one window of {WINDOW}")
     own = []
@@ -48,27 +47,36 @@ def calibration_ids(model, *, tokens: int, generated_share: float = 0.0, mixed: 
         share = min(len(windows), -(-left // (len(ordered) - index)))
         chosen.append(windows[torch.linspace(0, max(len(windows) - 1, 0), share).round().long()])
         left -= share
-    places = torch.cat([(torch.arange(len(windows)) + 0.5) / len(windows) for windows in chosen + own])
-    return torch.cat(chosen + own)[places.argsort(stable=True)]
+    kinds = [windows[_scattered(len(windows))] for windows in chosen + own]
+    places = torch.cat([(torch.arange(len(windows)) + 0.5) / len(windows) for windows in kinds])
+    return torch.cat(kinds)[places.argsort(stable=True)]
 
 
-def _tokenised(text: texts.Text, source: models.ModelSource) -> tuple[torch.Tensor, int]:
-    """Token ids of `text`, int64 [T], and the token that begins any text.
+def _scattered(count: int) -> list[int]:
+    """0 to count - 1 in such an order that every beginning of it is spread over all of them (van der Corput)."""
+    bits = count.bit_length()
+    mirrored = (int(f"{index:0{bits}b}"[::-1], 2) for index in range(2**bits))
+    return [index for index in mirrored if index < count]
+
+
+def _tokenised(found: list[texts.Text], source: models.ModelSource) -> tuple[list[torch.Tensor], int]:
+    """Token ids of each text, int64 [T], and the token that begins any text.
 
     Kept on disk for GGUF files: making a tokenizer out of one takes seconds, and more memory than all of SmolLM2 in int4.
     """
-    cache = None
+    caches: list[CalibrationCache] = []
     if source.kind == "gguf":
-        file = models.file_sha256(Path(source.location))
-        cache = CalibrationCache.named(tokens_of=text.sha256, tokenizer=file, transformers=transformers.__version__)
-        if kept := cache.tensors("tokens"):
-            return kept["ids"], int(kept["start"])
+        made_by = {"tokenizer": models.file_sha256(Path(source.location)), "transformers": transformers.__version__}
+        caches = [CalibrationCache.named(tokens_of=text.sha256, **made_by) for text in found]
+        kept = [cache.tensors("tokens") for cache in caches]
+        if all(kept):
+            return [tokens["ids"] for tokens in kept], int(kept[0]["start"])
     tokenizer = models.load_tokenizer(source)
-    ids = torch.tensor(tokenizer(text.content, verbose=False).input_ids)
+    ids = [torch.tensor(tokenizer(text.content, verbose=False).input_ids) for text in found]
     marks = (tokenizer.bos_token_id, tokenizer.eos_token_id)
     start = next((mark for mark in marks if mark is not None), 0)  # a tokenizer without either: any token begins a text
-    if cache:
-        cache.save_tensors("tokens", {"ids": ids, "start": torch.tensor(start)})
+    for cache, tokens in zip(caches, ids, strict=False):
+        cache.save_tensors("tokens", {"ids": tokens, "start": torch.tensor(start)})
     return ids, start
 
 

@@ -2,7 +2,7 @@
 
 Pruning chooses by measuring: what does the model lose without this head, this block, on top of what is gone already? Two
 things make a reading quick. Layers before the changed one are not run again. And of each position only a few tokens of the
-vocabulary are asked about, because the logits of all of them would take longer than the layers do.
+vocabulary are asked about: in a small model the logits of all of them take as long as half of its layers.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import create_causal_mask
 
 from devices import fast_products
 
 PROBE_LENGTH = 256
+POSITIONS = 64  # asked at a time: the rows of lm_head that they need are copied
 LIKELIEST, DRAWN = 32, 32  # tokens of the vocabulary at each position: the first so many, and of the others
 
 
 def probe_windows(windows: torch.Tensor, most: int) -> torch.Tensor:
-    """The few short windows that divergences are measured on, int64 [P, T], spread over `windows` [W, T]."""
-    count = min(most, len(windows))
-    return windows[((torch.arange(count) + 0.5) * len(windows) / count).long()][:, :PROBE_LENGTH]
+    """The few short windows that divergences are measured on, int64 [P, T]: beginnings of the first of `windows` [W, T], which
+    are of all kinds of text (calibration.py)."""
+    return windows[:most, :PROBE_LENGTH]
 
 
 class Divergence:
@@ -34,6 +36,8 @@ class Divergence:
 
     @torch.inference_mode()
     def __init__(self, model, probes: torch.Tensor):
+        if type(model.lm_head) is not torch.nn.Linear:
+            raise ValueError("the output layer is no nn.Linear any more: prune before precision and quantization")
         self.model = model
         hidden = model.model.embed_tokens(probes)
         positions = torch.arange(probes.shape[1], device=probes.device)[None]
@@ -85,8 +89,8 @@ def asked_tokens(
     than once, divide what is left. A vocabulary of no more than A tokens is asked whole.
     """
     chances = logits.softmax(-1)
-    if chances.shape[-1] <= likeliest + drawn:
-        return torch.arange(chances.shape[-1], device=logits.device).expand(chances.shape), chances
+    if (whole := chances.shape[-1]) <= likeliest + drawn:
+        return chances.topk(whole)[::-1]
     likely, first = chances.topk(likeliest)
     rest = chances.scatter_(1, first, 0.0)
     left = rest.sum(-1, keepdim=True) / drawn
@@ -97,14 +101,20 @@ def asked_tokens(
 
 def asked_logits(head: torch.nn.Linear, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of the asked `tokens` [T, A] at hidden states `rows` [T, H], float32 [T, A]; the others are not computed."""
-    return torch.einsum("tah,th->ta", head.weight[tokens].float(), rows.float())
+
+    def some(rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("tah,th->ta", head.weight[tokens].float(), rows)
+
+    # Copied anew for the gradient: kept, those of a whole window would be more than all of its logits.
+    parts = zip(rows.float().split(POSITIONS), tokens.split(POSITIONS), strict=True)
+    return torch.cat([checkpoint(some, *part, use_reentrant=False) for part in parts])
 
 
 def divergence_of(moved: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
     """Sum over positions of KL(p, q) in nats: p are the `shares` [T, A], and q has logits that lie `moved` [T, A] higher.
 
-    log E_p[exp(d)] - E_p[d], in float64: the two are nearly equal.
+    log E_p[exp(d)] - E_p[d], in float64, which MPS lacks: the two are nearly equal.
     """
-    moved, shares = moved.double(), shares.double()
+    moved, shares = moved.cpu().double(), shares.cpu().double()
     shares = shares / shares.sum(-1, keepdim=True)
     return ((moved + shares.log()).logsumexp(-1) - (shares * moved).sum(-1)).sum()

@@ -26,15 +26,16 @@ class StoredForms(Mapping):
             names = list(file.keys())
         layers = [name.removesuffix(".codes") for name in names if name.endswith(".codes")]
         self._inputs = {layer: model.get_submodule(layer).in_features for layer in layers}
-        self.norms = {name: self._read(name) for name in names if name.endswith("norm.weight")}
+        norms = [name for name in names if name.endswith("norm.weight")]
+        self.norms = dict(zip(norms, self._read(*norms), strict=True))
 
     def __getitem__(self, layer: str) -> Form:
         return self.rows(layer, slice(None))
 
     def rows(self, layer: str, rows: slice) -> Form:
         inputs = self._inputs[layer]
-        codes = unpack_nibbles(self._read(f"{layer}.codes", rows), inputs)
-        return codes, self._read(f"{layer}.scale", rows), self._read(f"{layer}.minimum", rows)
+        codes, scale, minimum = self._read(*(f"{layer}.{part}" for part in ("codes", "scale", "minimum")), rows=rows)
+        return unpack_nibbles(codes, inputs), scale, minimum
 
     def __contains__(self, layer: object) -> bool:  # Mapping's own would read the form to find out
         return layer in self._inputs
@@ -45,9 +46,9 @@ class StoredForms(Mapping):
     def __len__(self) -> int:
         return len(self._inputs)
 
-    def _read(self, name: str, rows: slice = slice(None)) -> torch.Tensor:
+    def _read(self, *names: str, rows: slice = slice(None)) -> list[torch.Tensor]:
         with safe_open(self._path, framework="pt") as file:
-            return file.get_slice(name)[rows].to(self._device, copy=True)
+            return [file.get_slice(name)[rows].to(self._device, copy=True) for name in names]
 
 
 def rows_of_form(forms: Mapping[str, Form], layer: str, rows: slice) -> Form:

@@ -1,10 +1,10 @@
 """Short recovery: the pruned model learns the dense model's answers on calibration text, for a few minutes.
 
-The dense model's most likely tokens are kept before it is pruned, so no second model is held. Low-rank updates (LoRA, Hu et
-al. 2021, https://arxiv.org/abs/2106.09685; for pruned models: Ma et al. 2023, LLM-Pruner) of every projection are trained
-with AdamW on the KL divergence and then added into the weights: shapes, bytes and speed stay what pruning made them.
-Where the device multiplies bfloat16 in hardware, products run in it, on copies of the frozen weights: twice the steps in the
-same time. Every eighth calibration window is never trained on; the updates that did best there are the ones kept.
+The dense model's most likely tokens and a few of the others are kept before it is pruned, so no second model is held. Low-rank
+updates (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685; for pruned models: Ma et al. 2023, LLM-Pruner) of every
+projection are trained with AdamW on the KL divergence and then added into the weights: shapes, bytes and speed stay what
+pruning made them. Where the device multiplies bfloat16 in hardware, products run in it, on copies of the frozen weights: twice
+the steps in the same time. A few calibration windows are never trained on; the updates that did best there are the ones kept.
 """
 
 from __future__ import annotations
@@ -54,18 +54,17 @@ class Teacher:
         for done, window in enumerate(windows):
             with fast_products(model.device):
                 hidden = model.model(window[None], use_cache=False).last_hidden_state[0]
-                logits = model.lm_head(hidden).float()
+            logits = model.lm_head(hidden.float())  # in float32: rounded ones alone would be 0.001 nats
             tokens, shares = asked_tokens(logits, generator, likeliest=KEPT_TOKENS, drawn=DRAWN_TOKENS)
-            # In float32, as the model's answers will be: rounded ones would lie a thousandth of a nat apart from the start.
-            log_probs = asked_logits(model.lm_head, hidden, tokens) - logits.logsumexp(-1, keepdim=True)
-            self._answers.append((tokens.to(torch.int32), log_probs, shares))
+            self._answers.append((tokens.to(torch.int32), logits.log_softmax(-1).gather(1, tokens), shares))
             show_progress("dense answers", done + 1, len(windows))
 
     def divergence(self, model, index: int) -> torch.Tensor:
         """KL(dense || model) on one window, nats per token, differentiable.
 
-        A plain lm_head answers for the tokens asked about only, which saves a third of a training step. Where lm_head itself
-        is trained, or rounds its inputs, its whole answer is taken: the likeliest tokens one by one, all others as one outcome.
+        A plain lm_head answers for the tokens asked about only, which saves SmolLM2 a third of a training step. Where lm_head
+        itself is trained, or rounds its inputs, its whole answer is taken: the likeliest tokens one by one, all others as one
+        outcome, for no row of it should go unminded.
         """
         with torch.inference_mode(False):
             window, tokens, dense, shares = (part.clone() for part in (self.windows[index], *self._answers[index]))
@@ -79,6 +78,12 @@ class Teacher:
         inside = logits.gather(1, tokens) - logits.logsumexp(-1, keepdim=True)
         dense_rest, rest = (1 - side.exp().sum(1).clamp_max(1 - 1e-6) for side in (dense, inside))
         return ((dense.exp() * (dense - inside)).sum(1) + dense_rest * (dense_rest / rest).log()).mean()
+
+
+def held_out_and_trained(count: int, most: int) -> tuple[range, range]:
+    """Of `count` windows those never trained on, the first, which are of all kinds of text (calibration.py), and the others."""
+    held = min(most, -(-count // HELD_OUT_EVERY))
+    return range(held), range(held, count)
 
 
 class LowRank(nn.Module):
@@ -131,14 +136,13 @@ def heal(model, teacher: Teacher, *, minutes: float, seed: int = 0, clock=time.m
 
 def _train(model, teacher: Teacher, updates: dict, *, minutes: float, generator, clock) -> tuple[dict[str, torch.Tensor], str]:
     """The `updates` that did best on held-out windows, by name, and what is to be said of them."""
-    held = list(range(HELD_OUT_EVERY // 2, len(teacher.windows), HELD_OUT_EVERY))[:HELD_OUT_MOST] or [len(teacher.windows) - 1]
-    train = [index for index in range(len(teacher.windows)) if index not in held]
+    held, train = held_out_and_trained(len(teacher.windows), HELD_OUT_MOST)
     optimizer = torch.optim.AdamW(updates.values(), lr=LEARNING_RATE, weight_decay=0.0)
     first = best = _held_out(model, teacher, held)
     kept = {name: update.detach().clone() for name, update in updates.items()}
     start, steps, checks, shown, stale, order = clock(), 0, 0, 0, 0, []
     while (used := (clock() - start) / (60 * minutes)) < 1 and stale < PATIENCE:
-        order = order or [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
+        order = order or [train[i] for i in torch.randperm(len(train), generator=generator)]
         for group in optimizer.param_groups:  # up over the first steps, then down to nothing when the time ends
             group["lr"] = LEARNING_RATE * min(1.0, (steps + 1) / 10) * (1 - used)
         with torch.enable_grad():
@@ -158,9 +162,8 @@ def _train(model, teacher: Teacher, updates: dict, *, minutes: float, generator,
             if reading < best:
                 best, kept = reading, {name: update.detach().clone() for name, update in updates.items()}
     spent = (clock() - start) / 60
-    note = (
-        f"healed in {steps} steps, {spent:.1f} minutes: held-out KL to the dense model {first:.4f} -> {best:.4f} nats per token"
-    )
+    apart = f"{first:.4f} -> {best:.4f} nats per token"
+    note = f"healed in {steps} steps, {spent:.1f} minutes: KL to the dense model on held-out text about {apart}"
     return kept, note
 
 
@@ -170,5 +173,5 @@ def _put(model, name: str, module: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _held_out(model, teacher: Teacher, held: list[int]) -> float:
+def _held_out(model, teacher: Teacher, held: range) -> float:
     return sum(float(teacher.divergence(model, index)) for index in held) / len(held)

@@ -122,8 +122,8 @@ def cached_rankings(model, windows: torch.Tensor, *, part: str, group: int, at_o
 
 
 def moment_windows(windows: torch.Tensor) -> torch.Tensor:
-    """Those of `windows` [W, T] that moments are taken on, spread over all of them."""
-    return windows[torch.linspace(0, len(windows) - 1, min(len(windows), MOMENT_WINDOWS)).round().long()]
+    """Those of `windows` [W, T] that moments are taken on: the first, which are of all kinds of text (calibration.py)."""
+    return windows[:MOMENT_WINDOWS]
 
 
 def refitted_without(weight: torch.Tensor, second_moment: torch.Tensor, gone: list[int], *, group: int) -> torch.Tensor:

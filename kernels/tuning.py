@@ -4,7 +4,7 @@ GPTQ minds the outputs of one layer at a time; what the errors of all layers do 
 can still move once the codes are found, 2 numbers for a group of weights, and so can the norms: a few dozen steps on the KL
 divergence from the float model (end-to-end training of step sizes, Chen et al. 2024, EfficientQAT, section 3.3:
 https://arxiv.org/abs/2407.11062) take back a good part of the loss, and neither bytes nor speed change.
-Every eighth window is never trained on; the grids that did best there are the ones kept.
+A few windows are never trained on; the grids that did best there are the ones kept.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import nn
 from devices import has_half_arithmetic
 from kernels.calibration_cache import show_progress
 from kernels.gptq import Form
-from kernels.healing import Teacher
+from kernels.healing import Teacher, held_out_and_trained
 from kernels.int4 import LEVELS
 from kernels.int8 import dequantize_groups, quantize_groups
 
-HELD_OUT_EVERY, HELD_OUT_MOST = 8, 4
+HELD_OUT_MOST = 4
 LEARNING_RATE = 3e-3  # of a step between two levels, or of the mean weight of a norm, at each optimizer step
 SLOWER = (1, 3)  # where that gained nothing, which happens to a model that has little to gain, once more at a third of it
 CHECKS = 2  # held-out readings, spread evenly over the steps
@@ -191,9 +191,7 @@ def tune(
 
 def _train(model, teacher: Teacher, norms: list, *, steps: int, rate: float, seed: int) -> tuple[float, float]:
     """Leaves the grids and norms that did best on held-out windows in the model; divergence there before and after."""
-    count = len(teacher.windows)
-    held = list(range(HELD_OUT_EVERY // 2, count, HELD_OUT_EVERY))[:HELD_OUT_MOST] or [count - 1]
-    train = [index for index in range(count) if index not in held]
+    held, train = held_out_and_trained(len(teacher.windows), HELD_OUT_MOST)
     grids = [part for module in model.modules() if isinstance(module, TunableLinear) for part in (module.scale, module.center)]
     learning = [*grids, *(norm.requires_grad_(True) for norm in norms)]
     # Adam's steps have the size of its rate. Norms differ a hundredfold in theirs: SmolLM2's first layer has weights of 0.02.
@@ -203,7 +201,7 @@ def _train(model, teacher: Teacher, norms: list, *, steps: int, rate: float, see
     first = best = _held_out(model, teacher, held)
     kept, order, generator = [part.detach().clone() for part in learning], [], torch.Generator().manual_seed(seed)
     for step in range(steps):
-        order = order or [train[i] for i in torch.randperm(len(train), generator=generator).tolist()]
+        order = order or [train[i] for i in torch.randperm(len(train), generator=generator)]
         with torch.enable_grad():
             teacher.divergence(model, order.pop()).backward()
         nn.utils.clip_grad_norm_(learning, 1.0)
@@ -220,5 +218,5 @@ def _train(model, teacher: Teacher, norms: list, *, steps: int, rate: float, see
 
 
 @torch.no_grad()
-def _held_out(model, teacher: Teacher, held: list[int]) -> float:
+def _held_out(model, teacher: Teacher, held: range) -> float:
     return sum(float(teacher.divergence(model, index)) for index in held) / len(held)

@@ -133,8 +133,7 @@ def _remove_calibrated(model, prune_ratio: float, mode: str) -> int:
 
 def energies(model) -> list[torch.Tensor]:
     """Mean square of what each head writes through o_proj on calibration text, per layer [heads]."""
-    windows = calibration.refit_windows(model)
-    windows = windows[:: max(1, len(windows) // ENERGY_WINDOWS)]
+    windows = calibration.refit_windows(model)[:ENERGY_WINDOWS]
     attentions = [layer.self_attn for layer in model.model.layers]
 
     def run() -> None:

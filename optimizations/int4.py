@@ -60,8 +60,8 @@ from streaming import read_weights, streams
 
 TABLE = "model.embed_tokens"
 SENSITIVITY_TOKENS = 2048
-TUNING_CODE = ("tuning.py", "divergence.py", "healing.py")
-ROUNDING_CODE = ("gptq.py", "blockwise.py", "int4.py")  # a change of the maths is a change of the codes
+ROUNDING_CODE = ("gptq.py", "blockwise.py", "int4.py", "int8.py")  # a change of the maths is a change of the codes
+TUNING_CODE = ("tuning.py", "divergence.py", "healing.py", "int4.py", "int8.py")
 
 
 @streams
@@ -178,9 +178,7 @@ def _tuned_forms(
     model, forms: Mapping, cache: CalibrationCache, ids: torch.Tensor, *, tied: bool, group_size: int, steps: int
 ) -> tuple[Mapping, dict]:
     """Like `forms`, which `cache` holds, but tuned on `ids`; and weights of norms by name."""
-    tuned_cache = CalibrationCache.of(
-        model, ids, code=("tuning.py", "divergence.py", "healing.py"), rounding=cache.folder.name, steps=steps
-    )
+    tuned_cache = CalibrationCache.of(model, ids, code=TUNING_CODE, rounding=cache.folder.name, steps=steps)
     stored = cached_forms(tuned_cache, "tuned", model)
     if stored is not None:
         return stored, stored.norms

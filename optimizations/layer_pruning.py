@@ -67,7 +67,7 @@ def choose(model, windows: torch.Tensor, *, what: str, count: int) -> tuple[list
 
     Every step is kept on disk: a longer list continues a shorter one.
     """
-    cache = CalibrationCache.of(model, windows, what=what)
+    cache = CalibrationCache.of(model, windows, code=("divergence.py",), what=what)
     known = cache.json("removed") or {"gone": [], "costs": []}
     gone, costs = known["gone"], known["costs"]
     if len(gone) < count:

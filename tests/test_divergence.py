@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import make_tiny
 
 from kernels import divergence, healing
 from kernels.divergence import Divergence, asked_tokens, divergence_of, probe_windows
+from optimizations import quantization
 
 PROBES = torch.randint(1, 97, (3, 40), generator=torch.Generator().manual_seed(1))
 
@@ -77,11 +79,38 @@ def test_small_divergences_do_not_drown_in_rounding():
     assert float(divergence_of(moved, shares)) == pytest.approx(variance / 2, rel=1e-3)
 
 
-def test_probes_are_spread_over_the_windows(monkeypatch):
+def test_others_are_drawn_as_often_as_they_are_likely():
+    """4000 draws beyond the first two of five tokens against their probabilities."""
+    logits = torch.tensor([[4.0, 3.0, 2.0, 1.0, -1.0] + [-30.0] * 5000])
+    tokens, shares = asked_tokens(logits, torch.Generator().manual_seed(0), likeliest=2, drawn=4000)
+    rest = logits[0].softmax(-1)[2:]
+    drawn = torch.bincount(tokens[0, 2:], minlength=5005)[2:] / 4000
+    assert (drawn - rest / rest.sum()).abs().sum() / 2 < 0.05
+    torch.testing.assert_close(shares[0, 2:].sum(), rest.sum())
+
+
+def test_probes_are_beginnings_of_the_first_windows(monkeypatch):
     monkeypatch.setattr(divergence, "PROBE_LENGTH", 3)
-    windows = torch.arange(60).view(12, 5)
-    assert probe_windows(windows, 4).tolist() == [[5, 6, 7], [20, 21, 22], [35, 36, 37], [50, 51, 52]]
-    assert len(probe_windows(windows, 99)) == 12
+    assert probe_windows(torch.arange(60).view(12, 5), 2).tolist() == [[0, 1, 2], [5, 6, 7]]
+
+
+def test_a_quantised_output_layer_is_refused(model):
+    with pytest.raises(ValueError, match="prune before"):
+        Divergence(quantization.apply(model, scheme="weight-only"), PROBES)
+
+
+@pytest.mark.parametrize("trained_head", [False, True])
+def test_a_model_is_no_distance_from_its_own_teacher(model, monkeypatch, trained_head):
+    """Where layers run in bfloat16 as well: the two sides round alike."""
+    bf16 = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    monkeypatch.setattr(healing, "fast_products", lambda _device: bf16())
+    monkeypatch.setattr(healing, "KEPT_TOKENS", 8)
+    model.lm_head.weight.data *= 10  # logits of a common size
+    teacher = healing.Teacher(model, PROBES)
+    if trained_head:
+        model.lm_head = torch.nn.Sequential(model.lm_head)
+    with torch.no_grad():
+        assert max(float(teacher.divergence(model, index)) for index in range(len(PROBES))) < 1e-3
 
 
 @pytest.mark.parametrize("trained_head", [False, True])

@@ -55,7 +55,8 @@ def test_tokens_of_a_gguf_file_are_kept(model, monkeypatch, tmp_path):
     model.source = models.ModelSource("one", "gguf", str(file))
     first = calibration.calibration_ids(model, tokens=64, generated_share=0.5)
     assert torch.equal(calibration.calibration_ids(model, tokens=64, generated_share=0.5), first)
-    assert made == ["one"] and int((first[:, 0] == 3).sum()) == 2, "the model's own windows begin as they did"
+    assert made == ["one"] and int((first[:, 0] == 3).sum()) == 2
+    assert calibration._tokenised([texts.load_text("calibration")], model.source)[1] == 3, "from the disk, too"
     file.write_bytes(b"two")
     calibration.calibration_ids(model, tokens=64)
     monkeypatch.setattr(texts, "load_text", lambda part: texts.Text("news", "6 " * 40))
@@ -76,10 +77,22 @@ def test_share_of_windows(model, tokens, share, own, long, short):
 
 
 def test_kinds_of_text_take_turns(model):
-    """What takes every eighth window, or the first few, gets some of each."""
+    """Who takes the first few gets some of each, as far as there is as much of each."""
     assert calibration.calibration_ids(model, tokens=4 * 16, mixed=True)[:, 0].tolist() == [8, 7, 8, 7]
     order = calibration.calibration_ids(model, tokens=99 * 16, mixed=True)[:, 0] == 8
     assert len(order) == 13 and order.nonzero()[:, 0].tolist() == [3, 9]
+
+
+def test_a_few_windows_are_of_all_kinds_and_from_everywhere(model, monkeypatch):
+    """Four kinds of 25 windows, numbered: the first 4 are one of each, the first 16 four of each, from all quarters of it."""
+    numbered = [" ".join(str(kind * 25 + place) for place in range(25) for _ in range(16)) for kind in range(4)]
+    monkeypatch.setattr(texts, "calibration_texts", lambda: [texts.Text(str(i), words) for i, words in enumerate(numbered)])
+    numbers = calibration.calibration_ids(model, tokens=100 * 16, mixed=True)[:, 0]
+    assert sorted(numbers.tolist()) == list(range(100))
+    assert sorted((numbers[:4] // 25).tolist()) == [0, 1, 2, 3]
+    for kind in range(4):
+        places = numbers[:16][numbers[:16] // 25 == kind] % 25
+        assert sorted((places * 4 // 25).tolist()) == [0, 1, 2, 3]
 
 
 def test_text_shorter_than_a_window(model, monkeypatch):

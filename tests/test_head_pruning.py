@@ -300,7 +300,7 @@ def test_healing_comes_nearer_to_the_dense_model(tiny, random_source):
     healed = apply(copy.deepcopy(model), prune_ratio=0.33, heal_minutes=0.03)
     assert [(n, p.shape) for n, p in healed.named_parameters()] == [(n, p.shape) for n, p in pruned.named_parameters()]
     assert not any(parameter.requires_grad for parameter in healed.parameters())
-    before, after = (float(word) for word in healed.notes[-1].split("model ")[1].split(" nats")[0].split(" -> "))
+    before, after = (float(word) for word in healed.notes[-1].split("about ")[1].split(" nats")[0].split(" -> "))
     assert after < before and "healed in" in healed.notes[-1]
     saved = calibration_cache.CalibrationCache.saved
     again = apply(copy.deepcopy(model), prune_ratio=0.33, heal_minutes=0.03)  # what was learnt is kept

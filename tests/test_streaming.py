@@ -16,6 +16,7 @@ import models
 import streaming
 from inference import Inference
 from kernels import calibration_cache
+from kernels.form_cache import StoredForms
 from kernels.int8_modules import Int8Linear
 from models import find_model, load_model
 from optimizations import int4, mixed_precision, quantization
@@ -76,11 +77,12 @@ def test_the_same_bits_as_load_then_apply(kind, tied, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_int4_found_before_reads_no_matrix_whole(tied, tmp_path, monkeypatch, ids):
-    """What calibration found is known by the weights in their file, too, and taken from the cache one layer at a time."""
+    """What calibration found is known by the weights in their file, too, and taken from the cache block by block."""
     source, options = source_of("folder", tied, tmp_path, monkeypatch), {"group_size": 32, "max_bits": 6.5}
     first = int4.apply(load_model(source), **options)
     for needs_the_floats in ("read_weights", "loss_increases", "round_blockwise", "tune"):
         monkeypatch.setattr(int4, needs_the_floats, None)
+    monkeypatch.setattr(StoredForms, "__getitem__", None)
     again = int4.apply(load_model(source, read=False), **options)
     assert again.notes == first.notes and torch.equal(logits_of(again, ids), logits_of(first, ids))
 
