@@ -15,12 +15,12 @@ from transformers.masking_utils import create_causal_mask
 
 from devices import fast_products
 
-PROBE_LENGTH = 256
+PROBES, PROBE_LENGTH = 6, 256
 POSITIONS = 64  # asked at a time: the rows of lm_head that they need are copied
 LIKELIEST, DRAWN = 32, 32  # tokens of the vocabulary at each position: the first so many, and of the others
 
 
-def probe_windows(windows: torch.Tensor, most: int) -> torch.Tensor:
+def probe_windows(windows: torch.Tensor, most: int = PROBES) -> torch.Tensor:
     """The few short windows that divergences are measured on, int64 [P, T]: beginnings of the first of `windows` [W, T], which
     are of all kinds of text (calibration.py)."""
     return windows[:most, :PROBE_LENGTH]

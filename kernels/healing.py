@@ -79,6 +79,11 @@ class Teacher:
         dense_rest, rest = (1 - side.exp().sum(1).clamp_max(1 - 1e-6) for side in (dense, inside))
         return ((dense.exp() * (dense - inside)).sum(1) + dense_rest * (dense_rest / rest).log()).mean()
 
+    @torch.no_grad()
+    def mean_divergence(self, model, held: range) -> float:
+        """Of the windows `held`, nats per token."""
+        return sum(float(self.divergence(model, index)) for index in held) / len(held)
+
 
 def held_out_and_trained(count: int, most: int) -> tuple[range, range]:
     """Of `count` windows those never trained on, the first, which are of all kinds of text (calibration.py), and the others."""
@@ -138,7 +143,7 @@ def _train(model, teacher: Teacher, updates: dict, *, minutes: float, generator,
     """The `updates` that did best on held-out windows, by name, and what is to be said of them."""
     held, train = held_out_and_trained(len(teacher.windows), HELD_OUT_MOST)
     optimizer = torch.optim.AdamW(updates.values(), lr=LEARNING_RATE, weight_decay=0.0)
-    first = best = _held_out(model, teacher, held)
+    first = best = teacher.mean_divergence(model, held)
     kept = {name: update.detach().clone() for name, update in updates.items()}
     start, steps, checks, shown, stale, order = clock(), 0, 0, 0, 0, []
     while (used := (clock() - start) / (60 * minutes)) < 1 and stale < PATIENCE:
@@ -157,7 +162,7 @@ def _train(model, teacher: Teacher, updates: dict, *, minutes: float, generator,
             show_progress("healing, tenths of the time", shown, 10)
         if used * CHECKS >= checks + 1:
             checks = int(used * CHECKS)
-            reading = _held_out(model, teacher, held)
+            reading = teacher.mean_divergence(model, held)
             stale = 0 if reading < best else stale + 1
             if reading < best:
                 best, kept = reading, {name: update.detach().clone() for name, update in updates.items()}
@@ -170,8 +175,3 @@ def _train(model, teacher: Teacher, updates: dict, *, minutes: float, generator,
 def _put(model, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.model.layers.get_submodule(owner), leaf, module)
-
-
-@torch.no_grad()
-def _held_out(model, teacher: Teacher, held: range) -> float:
-    return sum(float(teacher.divergence(model, index)) for index in held) / len(held)

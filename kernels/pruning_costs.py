@@ -21,7 +21,6 @@ from kernels.divergence import Divergence, probe_windows
 from kernels.refit import SELECTION_DAMPING, damped, eliminate
 
 MOMENT_WINDOWS = 24
-PROBES = 6
 RANKING_CODE = ("refit.py", "divergence.py", "pruning_costs.py")  # what the results depend on
 MEASURED_SHARES = (0.25, 0.5)  # of the steps: where removals of 10 to 40 % of the whole model land
 SMALLEST_COST = 1e-7  # nats; below it lies rounding, and ratios of costs mean nothing
@@ -109,7 +108,7 @@ def rank(
 def cached_rankings(model, windows: torch.Tensor, *, part: str, group: int, at_once: int, steps: int) -> list[Ranking]:
     """`rank` for the "attention" or "mlp" writers on a share of `windows` [W, T], with progress on stderr, kept on disk."""
     layers = [layer.get_submodule(WRITERS[part]) for layer in model.model.layers]
-    probes = probe_windows(windows, PROBES)
+    probes = probe_windows(windows)
     points = sorted({max(1, round(share * steps)) for share in MEASURED_SHARES})
     options = {"part": part, "group": group, "at_once": at_once, "steps": steps, "points": points, "probes": list(probes.shape)}
     cache = CalibrationCache.of(model, windows, code=RANKING_CODE, **options)

@@ -198,7 +198,7 @@ def _train(model, teacher: Teacher, norms: list, *, steps: int, rate: float, see
     by_size = [{"params": [norm], "lr": rate * float(norm.detach().abs().mean())} for norm in norms]
     optimizer = torch.optim.Adam([{"params": grids}, *by_size], lr=rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 8) * (1 - step / steps))
-    first = best = _held_out(model, teacher, held)
+    first = best = teacher.mean_divergence(model, held)
     kept, order, generator = [part.detach().clone() for part in learning], [], torch.Generator().manual_seed(seed)
     for step in range(steps):
         order = order or [train[i] for i in torch.randperm(len(train), generator=generator)]
@@ -209,14 +209,9 @@ def _train(model, teacher: Teacher, norms: list, *, steps: int, rate: float, see
         schedule.step()
         optimizer.zero_grad()
         show_progress("tuning steps", step + 1, steps)
-        if (step + 1) % max(1, steps // CHECKS) == 0 and (reading := _held_out(model, teacher, held)) < best:
+        if (step + 1) % max(1, steps // CHECKS) == 0 and (reading := teacher.mean_divergence(model, held)) < best:
             best, kept = reading, [part.detach().clone() for part in learning]
     with torch.no_grad():
         for part, value in zip(learning, kept, strict=True):
             part.copy_(value)
     return first, best
-
-
-@torch.no_grad()
-def _held_out(model, teacher: Teacher, held: range) -> float:
-    return sum(float(teacher.divergence(model, index)) for index in held) / len(held)

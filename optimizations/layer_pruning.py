@@ -26,7 +26,6 @@ from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.divergence import Divergence, probe_windows
 
 WHAT = ("attention", "blocks")
-PROBES = 6
 
 
 def apply(model, *, what: str = "attention", count: int = 2):
@@ -39,7 +38,7 @@ def apply(model, *, what: str = "attention", count: int = 2):
     check(model.config, what=what, count=count)
     if count >= present:
         raise ValueError(f"--count {count}: leaves no attention of {present} sublayers; choose less")
-    windows = probe_windows(calibration.refit_windows(model), PROBES)
+    windows = probe_windows(calibration.refit_windows(model))
     gone, costs = choose(model, windows, what=what, count=count)
     remove = _remove_attention if what == "attention" else _remove_blocks
     remove(model, gone)

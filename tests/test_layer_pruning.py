@@ -35,7 +35,7 @@ def masked_like(model, what, gone):
 
 def chosen(model, what, count):
     windows = layer_pruning.calibration.refit_windows(model)
-    return choose(model, layer_pruning.probe_windows(windows, layer_pruning.PROBES), what=what, count=count)
+    return choose(model, layer_pruning.probe_windows(windows), what=what, count=count)
 
 
 @pytest.mark.parametrize("what", ["attention", "blocks"])
