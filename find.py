@@ -32,7 +32,8 @@ from worker import Job, RecipeError, Steps, WorkerProcess
 RESULTS = "find_results.json"
 WINDOWS, WINDOW = 8, 256  # tokens of calibration text: 2 048 in all
 TIMED = 4
-SHARE_ALONE = 0.6  # of the time, for choices alone; the rest is for whole stacks
+SHARE_ALONE = 0.75  # of the time, for choices alone; whole stacks mostly find what those calibrated
+BRIEFLY = {"tune_steps": 24}  # a quarter of int4's own: three widths are to be rounded in the time for choices alone
 FLAGS = ("--min-retention", "--max-memory-mb", "--min-speedup", "--find-minutes")
 
 
@@ -192,9 +193,9 @@ class Finder:
         }  # fmt: skip
 
     def _steps(self, choices) -> Steps:
-        """As search.py has them, in the half precision asked for; a quick search rounds to nearest, for GPTQ takes minutes."""
+        """As search.py has them, in the half precision asked for and with brief tuning; a quick search rounds to nearest."""
         changes = {"quantization": {} if self.args.torch_device.type == "cpu" else {"scheme": "auto"},
-                   "int4": {"rounding": "nearest"} if self.args.quick else {},
+                   "int4": {"rounding": "nearest"} if self.args.quick else BRIEFLY,
                    "mixed_precision": {"dtype": self.args.dtype} if self.args.dtype != "auto" else {}}  # fmt: skip
         return [(technique, options | changes.get(technique, {})) for technique, options in search.steps_of(choices)]
 

@@ -153,6 +153,13 @@ def carried_file(package: str, relative_path: str, *, sha256: str) -> Path:
 
 
 def file_sha256(path: Path) -> str:
+    """Read once a process, unless the file changes: several caches are named after the file of a model."""
+    stat = path.stat()
+    return _sha256_as_of(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache
+def _sha256_as_of(path: Path, _size: int, _changed_ns: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

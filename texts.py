@@ -2,8 +2,8 @@
 
 wikitext-2-raw through `datasets` where it is cached or reachable; else the Lee news corpus (300 short documents,
 carried by the package gensim): its first 200 documents are calibration, the last 100 evaluation. What is learnt from one
-kind of text holds for little else, so calibration has two more: the openings of a hundred Wikipedia articles, from the same
-package, and Python's language reference, which every Python carries.
+kind of text holds for little else, so calibration has three more: the openings of a hundred Wikipedia articles and what 200
+people wrote in newsgroups, from the same package, and Python's language reference, which every Python carries.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import bz2
 import functools
 import hashlib
 import os
+import pickletools
 import re
 import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -25,6 +27,10 @@ LEE_SHA256 = "5d78d6dafd953bbf65797bef09a9ffb9ec430583381be705f8fd460000f370fb"
 LEE_CALIBRATION_DOCUMENTS = 200
 WIKIPEDIA = ("gensim", "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2")
 WIKIPEDIA_SHA256 = "a53f4648dec40467ebdcbc7a1307eddb51fe6e28e9309f6ebde81ba0d04bea2d"
+NEWSGROUPS = ("gensim", "gensim/test/test_data/mini_newsgroup")
+NEWSGROUPS_SHA256 = "be0084ee9aded5eeefabea86bd23f0e5e3a743d9c1875aa1e47bc0728d6a5311"
+QUOTED = re.compile(r"^(\s*(\w{0,3}>|[#|:}])|In article|From article|.*(writes|wrote|said):\s*$).*\n?", re.MULTILINE)
+SIGNATURE = re.compile(r"\n--+ *\n.*", re.DOTALL)
 ASIDE = re.compile(r"<!--.*?-->|<ref[^<>]*/>|<ref.*?</ref>", re.DOTALL)  # comments and footnotes
 
 
@@ -54,12 +60,12 @@ def load_text(part: str = "evaluation", *, text_file: str | None = None) -> Text
 
 
 def calibration_texts() -> list[Text]:
-    """All that techniques may learn from: encyclopaedia, news where they are carried, and this Python's language reference.
+    """All that techniques may learn from: encyclopaedia, news and newsgroups where they are carried, this Python's reference.
 
     Where wikitext is at hand it is the encyclopaedia: other articles might be those that its evaluation part has.
     """
     wikitext = _wikitext("calibration")
-    english = [wikitext] if wikitext is not None else [_lee_news("calibration"), _wikipedia()]
+    english = [wikitext] if wikitext is not None else [_lee_news("calibration"), _wikipedia(), _newsgroups()]
     return [*english, *_python_reference()]
 
 
@@ -79,6 +85,19 @@ def _wikipedia() -> Text:
                 openings.append(str(markup.strip_code(normalize=True, collapse=True)).strip())
                 element.clear()
     return Text("openings of Wikipedia articles", "\n\n".join(text for text in openings if len(text) > 200))
+
+
+@functools.cache
+def _newsgroups() -> Text:
+    """What people wrote to each other, without headers, quotations and signatures, each paragraph on one line.
+
+    The file is a pickle, and is not unpickled: a disassembler, which builds and runs nothing, lists the strings in it.
+    """
+    packed = zlib.decompress(carried_file(*NEWSGROUPS, sha256=NEWSGROUPS_SHA256).read_bytes())
+    strings = (value for opcode, value, _ in pickletools.genops(packed) if opcode.name == "UNICODE")
+    bodies = (SIGNATURE.sub("", string.partition("\n\n")[2]) for string in strings)
+    written = (re.sub(r"(?<=\S) *\n(?=\S)", " ", QUOTED.sub("", body)).strip() for body in bodies)
+    return Text("postings to newsgroups", "\n\n".join(text for text in written if len(text) > 200))
 
 
 def _python_reference() -> list[Text]:

@@ -24,7 +24,7 @@ from kernels.int8 import dequantize_groups, quantize_groups
 
 HELD_OUT_MOST = 4
 LEARNING_RATE = 3e-3  # of a step between two levels, or of the mean weight of a norm, at each optimizer step
-SLOWER = (1, 3)  # where that gained nothing, which happens to a model that has little to gain, once more at a third of it
+WIDE_APART = 0.06  # nats per token from the float model: nearer models, which have less to gain, learn in proportion slower
 CHECKS = 2  # held-out readings, spread evenly over the steps
 
 
@@ -172,10 +172,7 @@ def tune(
             model.set_submodule(name, tunable or _FrozenInt8(linear, group_size, dtype))
         if tied:
             model.set_input_embeddings(_Table(model.lm_head))
-        for slower in SLOWER:
-            first, last = _train(model, teacher, list(norms.values()), steps=steps, rate=rate / slower, seed=seed)
-            if last < first:
-                break
+        first, last = _train(model, teacher, list(norms.values()), steps=steps, rate=rate, seed=seed)
         tuned = {name: model.get_submodule(name).form() for name in forms}
         learnt = {name: norm.detach().clone() for name, norm in norms.items()}
     finally:
@@ -194,11 +191,12 @@ def _train(model, teacher: Teacher, norms: list, *, steps: int, rate: float, see
     held, train = held_out_and_trained(len(teacher.windows), HELD_OUT_MOST)
     grids = [part for module in model.modules() if isinstance(module, TunableLinear) for part in (module.scale, module.center)]
     learning = [*grids, *(norm.requires_grad_(True) for norm in norms)]
+    first = best = teacher.mean_divergence(model, held)
+    rate *= min(1.0, first / WIDE_APART)
     # Adam's steps have the size of its rate. Norms differ a hundredfold in theirs: SmolLM2's first layer has weights of 0.02.
     by_size = [{"params": [norm], "lr": rate * float(norm.detach().abs().mean())} for norm in norms]
     optimizer = torch.optim.Adam([{"params": grids}, *by_size], lr=rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 8) * (1 - step / steps))
-    first = best = teacher.mean_divergence(model, held)
     kept, order, generator = [part.detach().clone() for part in learning], [], torch.Generator().manual_seed(seed)
     for step in range(steps):
         order = order or [train[i] for i in torch.randperm(len(train), generator=generator)]

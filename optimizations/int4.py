@@ -8,7 +8,7 @@ Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in 
         the rounded layers before it hand on; with `--correction` its weights first move towards those that give the float
         model's outputs on these inputs. At last scales, minimums and norms learn the float model's answers for
         `--tune-steps` steps, the codes standing still. A quarter of the calibration text the model writes itself, the rest
-        is of three kinds (calibration.py), which keeps what is learnt from holding for news alone. The result is cached in
+        is of four kinds (calibration.py), which keeps what is learnt from holding for news alone. The result is cached in
         ~/.cache/tinyllama-optimization; where it is found there, layers are taken from it block by block, and the float
         model is never in memory.
 Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss most per bit int8 instead, as far as

@@ -13,6 +13,7 @@ def carried(monkeypatch):
     monkeypatch.setattr(texts, "_wikitext", lambda part: None)
     monkeypatch.setattr(texts, "_lee_news", lambda part: texts.Text("news", f"{part} news"))
     monkeypatch.setattr(texts, "_wikipedia", lambda: texts.Text("encyclopaedia", "articles"))
+    monkeypatch.setattr(texts, "_newsgroups", lambda: texts.Text("newsgroups", "postings"))
 
 
 @pytest.mark.embedded
@@ -33,9 +34,21 @@ def test_openings_of_articles_are_plain_prose(embedded_source):
     assert not any(mark in text for mark in ("[[", "{{", "<ref", "thumb|", "=="))
 
 
-def test_three_kinds(carried):
-    news, encyclopaedia, reference = texts.calibration_texts()
-    assert (news.content, encyclopaedia.content) == ("calibration news", "articles")
+@pytest.mark.embedded
+def test_postings_are_what_people_wrote_and_nothing_is_unpickled(embedded_source, monkeypatch):
+    import pickle
+
+    monkeypatch.setattr(pickle, "Unpickler", None)
+    monkeypatch.setattr(pickle, "loads", None)
+    text = texts._newsgroups.__wrapped__().content
+    assert 200_000 < len(text) < 225_000 and "Nope, I've answered each question posed" not in text  # too short
+    assert "\n\nObviously, we have different sources. Bill Moyers (who happens to be a theist," in text  # lines are joined
+    assert "\n>" not in text and text.count("Message-ID:") == 1  # of 200 headers; one man quotes one to another
+
+
+def test_four_kinds(carried):
+    news, encyclopaedia, newsgroups, reference = texts.calibration_texts()
+    assert (news.content, encyclopaedia.content, newsgroups.content) == ("calibration news", "articles", "postings")
     assert reference.name == f"language reference of Python {sys.version_info.major}.{sys.version_info.minor}"
     assert 'The "assert" statement' in reference.content and len(reference.content) > 100_000
 
@@ -49,4 +62,4 @@ def test_wikitext_is_encyclopaedia_enough(carried, monkeypatch):
 
 def test_a_python_without_its_reference(carried, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
-    assert [text.name for text in texts.calibration_texts()] == ["news", "encyclopaedia"]
+    assert [text.name for text in texts.calibration_texts()] == ["news", "encyclopaedia", "newsgroups"]
