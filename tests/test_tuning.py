@@ -87,15 +87,18 @@ def test_one_window_is_refused():
         Teacher(make_tiny(), WINDOWS[:1])
 
 
-def test_a_model_that_gains_nothing_is_tried_at_a_slower_rate(monkeypatch):
+def test_a_model_with_less_to_gain_learns_slower(monkeypatch):
+    """In proportion to how far it is from the float model, and never faster than at the full rate."""
     model = make_tiny()
     forms = round_blockwise(model, WINDOWS[:4], group_size=GROUP, damping=0.01, tied=False, int8=[])
-    rates, readings = [], iter([(1.0, 1.0), (1.0, 0.9)])
+    rates, adam = [], torch.optim.Adam
 
-    def train(*_, rate, **__):
-        rates.append(rate)
-        return next(readings)
+    def watched(groups, lr, **options):
+        rates.append(lr)
+        return adam(groups, lr=lr, **options)
 
-    monkeypatch.setattr(tuning, "_train", train)
-    tune(model, WINDOWS[:4], forms, group_size=GROUP, steps=1, tied=False, rate=0.3)
+    monkeypatch.setattr(torch.optim, "Adam", watched)
+    for apart in (9.0, tuning.WIDE_APART / 3):
+        monkeypatch.setattr(Teacher, "mean_divergence", lambda *_, apart=apart: apart)
+        tune(model, WINDOWS[:4], forms, group_size=GROUP, steps=1, tied=False, rate=0.3)
     assert rates == pytest.approx([0.3, 0.1])
