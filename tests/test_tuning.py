@@ -64,7 +64,7 @@ def test_the_divergence_falls_and_the_model_is_handed_back(tied):
     int8 = ["model.layers.1.mlp.up_proj"]
     forms = round_blockwise(model, WINDOWS[:8], group_size=GROUP, damping=0.01, tied=tied, int8=int8)
     modules, before = dict(model.named_modules()), {name: part.clone() for name, part in model.named_parameters()}
-    tuned, norms = tune(model, WINDOWS, forms, group_size=GROUP, steps=30, tied=tied)
+    tuned, norms = tune(model, WINDOWS, forms, group_size=GROUP, steps=30, tied=tied, rate=2 * tuning.LEARNING_RATE)
     assert dict(model.named_modules()) == modules and not any(part.requires_grad for part in model.parameters())
     assert all(torch.equal(before[name], part) for name, part in model.named_parameters())
     assert len(norms) == 7 and tuned.keys() == forms.keys()
