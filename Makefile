@@ -25,9 +25,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# Files of tests side by side: one process cannot use two cores, as tiny models run on one thread.
+# Files of tests side by side: one process cannot use two cores, as tiny models run on one thread. In the order of their
+# names: the default, most tests first, leaves the few slow ones of test_faults.py to one process at the end.
 test: setup lint
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The interpreter itself is not instrumented: the sanitisers' libraries are loaded before it, and what it leaks is not looked for.
 # Classic is left out: torch's own product, whose rounding is upset by sums in another order.

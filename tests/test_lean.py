@@ -65,13 +65,17 @@ def test_equals_transformers_own_pass(shape, tied, ids, path):
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
 def test_on_top_of_every_recipe(recipe, ids, path):
-    """Products that round their inputs may round a tie the other way: few logits move, and not far."""
+    """Products that round their inputs may round a tie the other way: few logits move, and not far.
+
+    Classic has one scale for a whole tensor of inputs: where its largest value rounds otherwise, all logits move a little.
+    """
     model = RECIPES[recipe](make_tiny("three_a_group"))
     expected = walk(model, ids, DynamicCache(config=model.config))
     before = benchmark.weight_bytes(model), benchmark.count_parameters(model), benchmark.evidence(model)
     lean = apply(model, kv_dtype="float32")
     difference = (walk(lean, ids, new_cache(lean)) - expected).abs()
-    if not (recipe == "bf16" and path == "twins"):  # the original's norms and cache round to bfloat16 there
+    # The original's norms and cache round to bfloat16 where there are no kernels.
+    if recipe != "classic" and (recipe, path) != ("bf16", "twins"):
         assert difference.median() < 1e-3
     assert difference.max() < 0.5
     after = benchmark.weight_bytes(lean), benchmark.count_parameters(lean), benchmark.evidence(lean)
