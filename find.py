@@ -150,9 +150,15 @@ class Finder:
             return
         steps = [] if name == BASELINE else self._steps(search.alone(name))
         milder = search.hopeless(name, self._singles(), self.limits)
-        if milder is not None:
+        pruned = search.pruned_share(name, self.args.config)
+        if pruned is not None and pruned < search.WORTH_TRYING:
+            entry = {
+                "status": "skipped",
+                "reason": f"takes {pruned:.1%} off what a token reads: too little to be seen in its time",
+            }
+        elif milder is not None:
             entry = {"status": "skipped", "reason": f"{milder} alone loses more than is allowed"}
-        elif self.args.quick and {"head_pruning", "mlp_pruning"} & {technique for technique, _ in steps}:
+        elif self.args.quick and pruned is not None:
             entry = {"status": "skipped", "reason": "takes minutes: left out of a quick search"}
         else:
             entry = self._measure_alone(steps, measurement, reference, where)

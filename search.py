@@ -35,6 +35,7 @@ AXES = {
     "cache": {"": [], "kv8": [("kv_cache_quant", {})]},
 }
 LEAN = [("lean_decode", {})]
+WORTH_TRYING = 0.02  # of what a token reads: no timing on a busy machine tells less from nothing
 # Cheap ones first: seconds; then minutes of rounding; then the minutes of calibration that pruning takes.
 BY_EXPENSE = ("lean", "half", "int8", "kv8", "int4-6bit", "int4-5.25bit", "int4-4.6bit", "width10", "heads10", "heads25")
 
@@ -110,6 +111,22 @@ def hopeless(name: str, singles: dict[str, Single], limits: Limits) -> str | Non
                 if milder in singles and singles[milder].loss_low > limits.allowed_loss:
                     return milder
     return None
+
+
+def pruned_share(name: str, config) -> float | None:
+    """Share of the weights that a token reads which a choice takes away, by the model's shape; None if it prunes nothing.
+
+    A KV head goes with the last of its query heads: counted where each has one only.
+    """
+    (technique, options), *_ = [*itertools.chain(*(names.get(name, []) for names in AXES.values())), *LEAN]
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    of_head, width = 2 * config.head_dim * config.hidden_size, 3 * config.intermediate_size * config.hidden_size
+    layers = config.num_hidden_layers * ((heads + kv_heads) * of_head + width)
+    pruned = {"head_pruning": (heads + (kv_heads if kv_heads == heads else 0)) * of_head, "mlp_pruning": width}
+    if technique not in pruned:
+        return None
+    total = layers + config.vocab_size * config.hidden_size
+    return options["prune_ratio"] * config.num_hidden_layers * pruned[technique] / total
 
 
 def estimate(choices, singles: dict[str, Single], *, baseline_tpot_ms: float, bandwidth_gb_per_s: float) -> Stack:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from pipeline_model import QUICK_FLAGS, save_tiny_model
+from transformers import LlamaConfig
 
 import find
 import run_optimization
@@ -76,7 +77,7 @@ def asked(monkeypatch):
 @pytest.fixture
 def searching(tmp_path):
     """`searching(min_retention)` runs the first half of a search and returns the finder and what it picked."""
-    config = SimpleNamespace(max_position_embeddings=2048)
+    config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=64, num_attention_heads=4, num_key_value_heads=4)
     args = SimpleNamespace(
         results_dir=str(tmp_path), resume=True, quick=False, dtype="auto", find_minutes=None, config=config, source="tiny",
         torch_device=torch.device("cpu"), threads=1, workload=Workload(), json=False,
@@ -106,6 +107,14 @@ def test_choices_are_measured_once_and_the_best_stacks_picked(asked, searching, 
     assert best["speedup"] == pytest.approx(5) and best["retention"] == pytest.approx(0.9802, abs=1e-4)
     assert measurement.deadline == pytest.approx(finder.started + 20 * 60) and set(measurement.titles) == set(picked)
     assert picked["int4-6bit+lean"] == [("int4", {"max_bits": 6.0} | find.BRIEFLY), ("lean_decode", {})]
+
+
+def test_what_would_hardly_be_seen_is_not_tried(asked, searching):
+    """With two KV heads for eight query heads and wide layers, a tenth of the heads is a hundredth of the bytes."""
+    shape = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 8}
+    finder, picked, _ = searching(config=LlamaConfig(vocab_size=100, intermediate_size=512, **shape))
+    assert "heads10" not in asked.names and "width10" in asked.names and not any("heads10" in name for name in picked)
+    assert finder.state["alone"]["heads10"]["reason"].startswith("takes 0.8% off")
 
 
 def test_a_stopped_search_goes_on_where_it_was(asked, searching):

@@ -4,6 +4,8 @@ import importlib
 import math
 
 import pytest
+import torch
+from conftest import make_tiny
 
 import run_optimization
 import search
@@ -49,6 +51,20 @@ def test_only_what_was_measured_is_combined(singles):
     names = {stack.name for stack in search.all_stacks(singles, **MACHINE)}
     assert len(names) == 2 * 2 * 2 and "lean" in names and not any("heads" in name or "half" in name for name in names)
     assert len(search.all_stacks({name: single() for name in search.BY_EXPENSE}, **MACHINE)) == 3 * 2 * 6 * 2
+
+
+def test_the_share_that_pruning_takes_away_is_that_of_the_model():
+    """Counted on real modules: rows of q_proj and columns of o_proj; with a KV head for each query head k and v too."""
+    for kv_heads, projections in ((2, "qo"), (8, "qkvo")):
+        model = make_tiny("grouped", num_key_value_heads=kv_heads, num_attention_heads=8)
+        read = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear))
+        attention = sum(
+            getattr(layer.self_attn, f"{p}_proj").weight.numel() for layer in model.model.layers for p in projections
+        )
+        assert search.pruned_share("heads25", model.config) == pytest.approx(0.25 * attention / read)
+        width = sum(weight.numel() for layer in model.model.layers for weight in layer.mlp.parameters())
+        assert search.pruned_share("width10", model.config) == pytest.approx(0.1 * width / read)
+        assert search.pruned_share("int8", model.config) is None and search.pruned_share("lean", model.config) is None
 
 
 def test_every_choice_is_measured_once_and_exists():
