@@ -149,22 +149,21 @@ class Finder:
             console.print(f"{where}: measured before", markup=False)
             return
         steps = [] if name == BASELINE else self._steps(search.alone(name))
-        milder = search.hopeless(name, self._singles(), self.limits)
-        pruned = search.pruned_share(name, self.args.config)
-        if pruned is not None and pruned < search.WORTH_TRYING:
-            entry = {
-                "status": "skipped",
-                "reason": f"takes {pruned:.1%} off what a token reads: too little to be seen in its time",
-            }
-        elif milder is not None:
-            entry = {"status": "skipped", "reason": f"{milder} alone loses more than is allowed"}
-        elif self.args.quick and pruned is not None:
-            entry = {"status": "skipped", "reason": "takes minutes: left out of a quick search"}
-        else:
-            entry = self._measure_alone(steps, measurement, reference, where)
+        reason = self._why_not(name)
+        entry = {"status": "skipped", "reason": reason} if reason else self._measure_alone(steps, measurement, reference, where)
         self.state["alone"][name] = entry
         self._save()
         console.print(f"{where}: {entry['reason'] or _alone_line(entry)}", markup=False)
+
+    def _why_not(self, name: str) -> str | None:
+        """Why a choice need not be measured; None: it is to be."""
+        pruned = search.pruned_share(name, self.args.config)
+        if pruned is not None and pruned < search.WORTH_TRYING:
+            return f"takes {pruned:.1%} off what a token reads: too little to be seen in its time"
+        milder = search.hopeless(name, self._singles(), self.limits)
+        if milder is not None:
+            return f"{milder} alone loses more than is allowed"
+        return "takes minutes: left out of a quick search" if self.args.quick and pruned is not None else None
 
     def _measure_alone(self, steps: Steps, measurement: Measurement, reference: Path, where: str) -> dict:
         args, start = self.args, time.time()

@@ -23,6 +23,7 @@ import inputs
 import models
 import records
 from measurement import BASELINE, console
+from search import count_weights
 from store import is_valid, read_json, validate
 from worker import Job, RecipeError, Steps, WorkerProcess
 
@@ -63,11 +64,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def plan(config, kinds) -> dict[str, tuple[str, Steps]]:
     """Name -> (title, steps) of every point, by the bytes that the configuration tells."""
-    hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-    head = 2 * hidden * config.head_dim  # its rows of q_proj and columns of o_proj
-    attention = heads * head + config.num_key_value_heads * head
-    mlp = 3 * hidden * config.intermediate_size
-    streamed = layers * (attention + mlp) + config.vocab_size * hidden
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    head, attention, mlp, streamed = count_weights(config)
     points: dict[str, tuple[str, Steps]] = {}
     for kind in kinds:
         for share in SHARES:

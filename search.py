@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 PRUNED = {"method": "calibrated"}
 # axis -> its choices from mild to harsh: name -> steps. The first of an axis changes nothing.
@@ -113,20 +114,36 @@ def hopeless(name: str, singles: dict[str, Single], limits: Limits) -> str | Non
     return None
 
 
+class Weights(NamedTuple):
+    """How many weights of a Llama's matrices a token reads: of one query head, one attention, one MLP, and all of them."""
+
+    head: int
+    attention: int
+    mlp: int
+    streamed: int
+
+
+def count_weights(config) -> Weights:
+    """By the model's shape. A query head has rows of q_proj and columns of o_proj; a KV head as many of k_proj and v_proj."""
+    head = 2 * config.hidden_size * config.head_dim
+    attention = (config.num_attention_heads + config.num_key_value_heads) * head
+    mlp = 3 * config.hidden_size * config.intermediate_size
+    streamed = config.num_hidden_layers * (attention + mlp) + config.vocab_size * config.hidden_size
+    return Weights(head, attention, mlp, streamed)
+
+
 def pruned_share(name: str, config) -> float | None:
     """Share of the weights that a token reads which a choice takes away, by the model's shape; None if it prunes nothing.
 
     A KV head goes with the last of its query heads: counted where each has one only.
     """
-    (technique, options), *_ = [*itertools.chain(*(names.get(name, []) for names in AXES.values())), *LEAN]
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    of_head, width = 2 * config.head_dim * config.hidden_size, 3 * config.intermediate_size * config.hidden_size
-    layers = config.num_hidden_layers * ((heads + kv_heads) * of_head + width)
-    pruned = {"head_pruning": (heads + (kv_heads if kv_heads == heads else 0)) * of_head, "mlp_pruning": width}
-    if technique not in pruned:
+    technique, options = steps_of(alone(name))[0]
+    weights, heads = count_weights(config), config.num_attention_heads
+    own_kv_heads = config.num_key_value_heads == heads
+    prunable = {"head_pruning": weights.attention if own_kv_heads else heads * weights.head, "mlp_pruning": weights.mlp}
+    if technique not in prunable:
         return None
-    total = layers + config.vocab_size * config.hidden_size
-    return options["prune_ratio"] * config.num_hidden_layers * pruned[technique] / total
+    return options["prune_ratio"] * config.num_hidden_layers * prunable[technique] / weights.streamed
 
 
 def estimate(choices, singles: dict[str, Single], *, baseline_tpot_ms: float, bandwidth_gb_per_s: float) -> Stack:

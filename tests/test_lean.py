@@ -12,7 +12,7 @@ import models
 from benchmark import new_cache
 from inference import generate_ids
 from kernels import calibration_cache, step
-from kernels.build import load_kernels
+from kernels.build import cpu_variant, load_kernels
 from kernels.int8_modules import Int8Linear
 from kernels.kv_cache import RoomyCache
 from kernels.lean import LeanForward
@@ -67,7 +67,7 @@ def test_equals_transformers_own_pass(shape, tied, ids, path):
 def test_on_top_of_every_recipe(recipe, ids, path):
     """Products that round their inputs may round a tie the other way: few logits move, and not far.
 
-    Classic has one scale for a whole tensor of inputs: where its largest value rounds otherwise, all logits move a little.
+    Classic has one scale for a whole tensor of inputs: without VNNI all logits were seen to move a little with some weights.
     """
     model = RECIPES[recipe](make_tiny("three_a_group"))
     expected = walk(model, ids, DynamicCache(config=model.config))
@@ -75,7 +75,8 @@ def test_on_top_of_every_recipe(recipe, ids, path):
     lean = apply(model, kv_dtype="float32")
     difference = (walk(lean, ids, new_cache(lean)) - expected).abs()
     # The original's norms and cache round to bfloat16 where there are no kernels.
-    if recipe != "classic" and (recipe, path) != ("bf16", "twins"):
+    upset = recipe == "classic" and path == "kernels" and cpu_variant() in ("avx2", "portable")
+    if not upset and (recipe, path) != ("bf16", "twins"):
         assert difference.median() < 1e-3
     assert difference.max() < 0.5
     after = benchmark.weight_bytes(lean), benchmark.count_parameters(lean), benchmark.evidence(lean)
