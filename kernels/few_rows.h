@@ -62,16 +62,16 @@ INLINE_BODY void write_rows(const float* from, int64_t from_stride, int64_t rows
 }
 
 // The extra 64 bytes keep rows of 2^n inputs off the same cache sets.
-Rows int8_rows(const Tensor& x, int64_t group) {
+Rows int8_rows(const Quantized& as, const Tensor& x, int64_t group) {
   const int64_t m = x.size(0), k = x.size(1), groups = ceil_div(k, group), width = ceil_div(k, 64) * 64 + 64;
-  Rows rows{at::zeros({m, width}, active->int8_rows), at::empty({m, groups}, at::kFloat),
+  Rows rows{at::zeros({m, width}, as.dtype), at::empty({m, groups}, at::kFloat),
             at::empty({m, groups}, at::kFloat), m};
   const float* from = x.const_data_ptr<float>();
   float *scales = rows.scale.mutable_data_ptr<float>(), *sums = rows.sum.mutable_data_ptr<float>();
   char* to = static_cast<char*>(rows.x.mutable_data_ptr());
   at::parallel_for(0, m, ceil_div(32768, k), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r)
-      active->quantize(from + r * k, k, group, to + r * rows.row_bytes(), scales + r * groups, sums + r * groups);
+      as.quantize(from + r * k, k, group, to + r * rows.row_bytes(), scales + r * groups, sums + r * groups);
   });
   return rows;
 }

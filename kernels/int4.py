@@ -9,7 +9,7 @@ minimum have been rounded to bfloat16, so that nothing is lost between choosing 
 import torch
 import torch.nn.functional as F
 
-from kernels.int8 import few_rows, kernels_run, quantize_groups, shaped_like
+from kernels.int8 import kernel_is_fastest, kernels_run, quantize_groups, shaped_like
 from kernels.packing import pack_nibble_panels, pack_scales, unpack_nibble_panels, unpack_scales
 
 LEVELS = 15
@@ -140,7 +140,7 @@ def int4_linear(
 ) -> torch.Tensor:
     """Multiplies x [..., K], quantised to int8 on the fly, with what `pack` made of int4 weights: float32 [..., n]."""
     rows = x.reshape(-1, x.shape[-1])
-    if packed.dim() == 4 and kernels_run(x) and few_rows(rows, None):
+    if packed.dim() == 4 and kernels_run(x) and kernel_is_fastest(rows):
         return shaped_like(x, torch.ops.tinyopt.int4_linear(rows, packed, scale, minimum, n, group_size, bias))
     return int4_linear_reference(x, *unpack(packed, scale, minimum, n, x.shape[-1]), group_size, bias)
 

@@ -23,10 +23,6 @@ from kernels.packing import pack_panels, pack_scales, unpack_panels, unpack_scal
 # 1024 products of 127 * 127 stay below 2^24, so that float32 adds them exactly. It must be float32: integer matmul has
 # no fast path on a CPU and none at all on CUDA, and MPS has no float64.
 EXACT_CHUNK = 1024
-# Without an instruction for bfloat16 the kernels expand float-activation weights anew for every few rows: up to so many rows
-# they beat a float32 GEMM over blocks that are expanded once. Unpacking int8 costs more than widening bfloat16: its turn
-# comes later.
-INT8_KERNEL_ROWS, BF16_KERNEL_ROWS = 128, 32
 BF16_VARIANTS = ("amx", "avx512_bf16")  # these multiply many rows in bfloat16
 PORTABLE_KERNEL_ROWS = 4  # the portable variant reads few bytes too, but is no match for a GEMM
 BLOCK_BYTES = 2 << 20  # of dequantised weights at a time: they stay in the cache until they are multiplied
@@ -119,7 +115,7 @@ def int8_linear(
 ) -> torch.Tensor:
     """Multiplies in int8, x [..., K] quantised on the fly: float32 [..., n]. Weight and scale plain or packed."""
     rows = x.reshape(-1, x.shape[-1])
-    if weight.dim() == 4 and kernels_run(x) and few_rows(rows, None):
+    if weight.dim() == 4 and kernels_run(x) and kernel_is_fastest(rows):
         return shaped_like(x, torch.ops.tinyopt.int8_linear(rows, weight, scale, n, group_size, bias))
     if x.device.type != "cpu" and device_int8.serves("dynamic", weight, scale):
         q, x_scale = quantize_groups(rows, group_size)
@@ -136,7 +132,7 @@ def int8_weight_only_linear(
         return finish(device_int8.weight_only_product(rows, weight, scale), x, bias)
     if weight.dim() != 4 or not kernels_run(x):
         return int8_weight_only_reference(x, *unpack(weight, scale, n, x.shape[-1]), group_size, bias)
-    if few_rows(rows, INT8_KERNEL_ROWS):
+    if kernel_is_fastest(rows):
         return shaped_like(x, torch.ops.tinyopt.int8_weight_only_linear(rows, weight, scale, n, group_size, bias))
 
     def expand(first: int, last: int) -> torch.Tensor:
@@ -152,7 +148,7 @@ def bf16_linear(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tenso
     if weight.dim() != 4 or not kernels_run(x):
         plain = weight if weight.dim() == 2 else unpack_panels(weight, n, x.shape[-1])
         return bf16_linear_reference(x, plain, bias)
-    if few_rows(rows, BF16_KERNEL_ROWS):
+    if kernel_is_fastest(rows):
         return shaped_like(x, torch.ops.tinyopt.bf16_linear(rows, weight, n, bias))
 
     def expand(first: int, last: int) -> torch.Tensor:
@@ -176,11 +172,9 @@ def _variant() -> str:
     return cpu_variant()
 
 
-def few_rows(rows: torch.Tensor, limit: int | None) -> bool:
-    """Whether the kernel is the fastest way to multiply so many rows; `limit` None: without a vector unit only."""
-    variant = _variant()
-    limit = None if variant in BF16_VARIANTS else PORTABLE_KERNEL_ROWS if variant == "portable" else limit
-    return limit is None or rows.shape[0] <= limit
+def kernel_is_fastest(rows: torch.Tensor) -> bool:
+    """Whether no other way multiplies so many rows faster: everywhere but in portable C++, where only few are worth it."""
+    return _variant() != "portable" or rows.shape[0] <= PORTABLE_KERNEL_ROWS
 
 
 def multiply_in_blocks(rows: torch.Tensor, n: int, expand: Callable[[int, int], torch.Tensor]) -> torch.Tensor:

@@ -70,7 +70,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, i
   w.group = group;
   w.scale = check_scale("int8_linear", scale, w);
   if (auto* many = loops_for(Kind::kInt8, x.size(0), w)) return multiply_many(*many, Kind::kInt8, checked, w, bias);
-  return multiply_few(active->int8, int8_rows(checked, group), w, bias);
+  return multiply_few(active->int8, int8_rows(active->for_int8, checked, group), w, bias);
 }
 
 // The same for codes 0..15: weight = code * scale + minimum. packed uint8 [P, ceil(K/64)*8, 16, 4].
@@ -83,7 +83,7 @@ Tensor int4_linear(const Tensor& x, const Tensor& packed, const Tensor& scale, c
   w.scale = check_scale("int4_linear", scale, w);
   w.minimum = check_scale("int4_linear", minimum, w);
   if (auto* many = loops_for(Kind::kInt4, x.size(0), w)) return multiply_many(*many, Kind::kInt4, checked, w, bias);
-  return multiply_few(active->int4, int8_rows(checked, group), w, bias);
+  return multiply_few(active->int4, int8_rows(active->for_int4, checked, group), w, bias);
 }
 
 // int8 weights, float32 activations. Many rows are rounded to bfloat16 where the CPU multiplies that.

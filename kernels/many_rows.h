@@ -40,7 +40,7 @@ Rows rows_for_blocks(Kind kind, const Tensor& x, int64_t group, bool tiles) {
     for (int64_t r = begin; r < end; ++r) {
       char* row = tiles ? uncut.data() : to + r * rows.row_bytes();
       std::memset(row, 0, steps * 64);  // what follows the last input, and groups of zeros, which are not written
-      if (r < m && integers) active->quantize(from + r * k, k, group, row, scales + r * groups, sums + r * groups);
+      if (r < m && integers) active->for_int8.quantize(from + r * k, k, group, row, scales + r * groups, sums + r * groups);
       else if (r < m) round_row(from + r * k, k, reinterpret_cast<uint16_t*>(row));
       if (tiles) cut_row(row, r, steps, to);
     }

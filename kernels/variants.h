@@ -56,6 +56,9 @@ void quantize_portable(const float* x, int64_t k, int64_t group, void* q, float*
 TARGET_AVX2 void quantize_avx2(const float* x, int64_t k, int64_t group, void* q, float* scales, float* sums) {
   quantize<int16_t>(x, k, group, q, scales, sums);
 }
+TARGET_AVX2 void quantize_avx2_bytes(const float* x, int64_t k, int64_t group, void* q, float* scales, float* sums) {
+  quantize<int8_t>(x, k, group, q, scales, sums);
+}
 TARGET_AVX512 void quantize_avx512(const float* x, int64_t k, int64_t group, void* q, float* scales, float* sums) {
   quantize<int8_t>(x, k, group, q, scales, sums);
 }
@@ -73,20 +76,26 @@ struct ManyRows {
 #endif
 };
 
+// How int8 activations are kept for the inner loops.
+struct Quantized {
+  at::ScalarType dtype;
+  QuantizeFn quantize;
+};
+
 struct Variant {
   const char* name;
   Isa isa;
   bool (*supported)();
   ManyRows many;
   int rows;                   // at most, in one call of an inner loop for few rows
-  at::ScalarType int8_rows;   // what int8 activations are kept as
-  QuantizeFn quantize;
+  Quantized for_int8, for_int4;
   TileFn int8[kMaxRows], int4[kMaxRows], weight_only[kMaxRows], bf16[kMaxRows];  // indexed by rows - 1
 };
 #define UP_TO_4(f) {f<1>, f<2>, f<3>, f<4>}
 #define UP_TO_8(f) {f<1>, f<2>, f<3>, f<4>, f<5>, f<6>, f<7>, f<8>}
 
 #if defined(__x86_64__)
+constexpr Quantized kInOrder = {at::kChar, quantize_avx512};
 // What a CPU with matrix units takes where groups of inputs do not fill tiles.
 constexpr ManyRows kInt8Vectors = {int8_block_avx512, nullptr, kVectorBlockRows, false, nullptr, nullptr};
 #endif
@@ -95,17 +104,18 @@ constexpr ManyRows kInt8Vectors = {int8_block_avx512, nullptr, kVectorBlockRows,
 const Variant kVariants[] = {
 #if defined(HAVE_AMX)
     {"amx", Isa::kAvx512, has_amx, {int8_block_amx, bf16_block_amx, kMaxBlockRows, true, set_up_tiles, give_tiles_back}, 8,
-     at::kChar, quantize_avx512, UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
+     kInOrder, kInOrder, UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
 #endif
 #if defined(__x86_64__)
     {"avx512_bf16", Isa::kAvx512, has_avx512_bf16, {int8_block_avx512, bf16_block_avx512, kVectorBlockRows}, 8,
-     at::kChar, quantize_avx512, UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
+     kInOrder, kInOrder, UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
     {"avx512_vnni", Isa::kAvx512, has_avx512, {int8_block_avx512, nullptr, kVectorBlockRows}, 8,
-     at::kChar, quantize_avx512, UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
-    {"avx2", Isa::kAvx2, [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; }, {}, 4, at::kShort,
-     quantize_avx2, UP_TO_4(int8_avx2), UP_TO_4(int4_avx2), UP_TO_4(weight_only_avx2), UP_TO_4(bf16_avx2)},
+     kInOrder, kInOrder, UP_TO_8(int8_avx512), UP_TO_8(int4_avx512), UP_TO_8(weight_only_avx512), UP_TO_8(bf16_avx512)},
+    {"avx2", Isa::kAvx2, [] { return __builtin_cpu_supports("avx2") != 0 && __builtin_cpu_supports("fma") != 0; }, {}, 4,
+     {at::kShort, quantize_avx2}, {at::kChar, quantize_avx2_bytes}, UP_TO_4(int8_avx2), UP_TO_4(int4_avx2),
+     UP_TO_4(weight_only_avx2), UP_TO_4(bf16_avx2)},
 #endif
-    {"portable", Isa::kPortable, [] { return true; }, {}, 4, at::kShort, quantize_portable,
+    {"portable", Isa::kPortable, [] { return true; }, {}, 4, {at::kShort, quantize_portable}, {at::kShort, quantize_portable},
      UP_TO_4(int8_portable), UP_TO_4(int4_portable), UP_TO_4(weight_only_portable), UP_TO_4(bf16_portable)},
 };
 

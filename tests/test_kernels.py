@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kernels import device_int8, int4, int8, packing
-from kernels.build import cpu_variant
-from kernels.packing import pack_panels, pack_scales
+from kernels.build import cpu_variant, load_kernels
+from kernels.packing import pack_nibble_panels, pack_panels, pack_scales
 
 SHAPES = [(1, 5), (7, 13), (64, 300), (449, 100), (576, 576)]  # N, K: also none a multiple of 16 or 4
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 33, 64, 129, 600]
@@ -157,6 +157,9 @@ def test_largest_values_do_not_saturate(kernels, group):
         packed, scales = pack_panels(weight), pack_scales(scale.bfloat16())
         assert torch.equal(kernels.int8_linear(x, packed, scales, 24, group), expected)
         assert torch.equal(int8.int8_linear_reference(x, weight, scale, group), expected)
+        codes, none = torch.where(weight > 0, 15, 0).to(torch.uint8), torch.zeros_like(scales)
+        expected = (x.double() @ codes.double().T).float()
+        assert torch.equal(kernels.int4_linear(x, pack_nibble_panels(codes), scales, none, 24, group), expected)
 
 
 def test_outliers_zeros_and_denormals_quantise_like_the_twin(kernels):
@@ -269,6 +272,12 @@ def test_without_kernels_the_twin_answers():
         "assert int8.int8_linear(torch.ones(2, 5), w, torch.ones(3, 1), 3, 5).shape == (2, 3)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TINYOPT_NO_KERNELS": "1"})
+
+
+def test_with_a_compiler_the_kernels_run():
+    """Or else every test of a kernel is skipped, and one that is broken looks like one that is missing."""
+    reason = load_kernels()
+    assert reason is None or "no C++ compiler found" in reason or "TINYOPT_NO_KERNELS" in reason
 
 
 def test_a_missing_compiler_is_a_reason_not_a_crash(tmp_path):
