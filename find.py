@@ -33,7 +33,10 @@ RESULTS = "find_results.json"
 WINDOWS, WINDOW = 8, 256  # tokens of calibration text: 2 048 in all
 TIMED = 4
 SHARE_ALONE = 0.75  # of the time, for choices alone; whole stacks mostly find what those calibrated
-BRIEFLY = {"tune_steps": 24}  # a quarter of int4's own: three widths are to be rounded in the time for choices alone
+# Half of int4's own text: one rounding serves all widths, and still takes minutes. Tuning wins back a third of what rounding to
+# 4.6 bits loses, of the little that 6 and 7 bits lose a tenth.
+BRIEFLY = {"calibration_tokens": 8192}
+TUNE_STEPS = {"int4-4.6bit": 16}
 FLAGS = ("--min-retention", "--max-memory-mb", "--min-speedup", "--find-minutes")
 
 
@@ -93,7 +96,7 @@ class Finder:
             if name in (BASELINE, "lean") and self.state["alone"][name]["status"] != "ok":
                 console.print("the search ends here: everything is compared with the baseline and builds on lean", markup=False)
                 return {}
-        estimated = self._estimates(measurement.bandwidth_gb_per_s)
+        estimated = self._estimates()
         chosen = sorted(search.worth_measuring(estimated, self.limits), key=self._minutes_again)
         self.picked = {stack.name: self._steps(stack.choices) for stack in chosen}
         self.state["picked"] = list(self.picked)
@@ -187,20 +190,19 @@ class Finder:
         except (RecipeError, ValueError) as error:
             return {"status": getattr(error, "status", "unsupported"), "reason": str(error)}
         interval = quality["delta_nll_ci"]
-        streamed_mb, bandwidth = loaded["streamed_bytes"] / 1e6, measurement.bandwidth_gb_per_s or float("inf")
         return {
             "status": "ok", "reason": None, "seconds": time.time() - start, "apply_s": loaded["apply_s"],
             "tpot_ms": tpot_ms, "peak_memory_mb": memory["peak_memory_mb"], "loss_ci": interval,
             "loss": quality["delta_nll"], "loss_low": interval[0] if interval else quality["delta_nll"],
-            "streamed_mb": streamed_mb, "kv_mb": memory["kv_cache_mb"], "weights_mb": loaded["weights_mb"],
+            "streamed_mb": loaded["streamed_bytes"] / 1e6, "kv_mb": memory["kv_cache_mb"], "weights_mb": loaded["weights_mb"],
             "rest_mb": memory["peak_memory_mb"] - loaded["weights_mb"],
-            "overhead_ms": tpot_ms - (streamed_mb + memory["kv_cache_mb"]) / bandwidth,
         }  # fmt: skip
 
     def _steps(self, choices) -> Steps:
-        """As search.py has them, in the half precision asked for and with brief tuning; a quick search rounds to nearest."""
+        """As search.py has them, in the half precision asked for, calibrated briefly; a quick search rounds to nearest."""
+        tune_steps = max(TUNE_STEPS.get(name, 0) for name in choices)
         changes = {"quantization": {} if self.args.torch_device.type == "cpu" else {"scheme": "auto"},
-                   "int4": {"rounding": "nearest"} if self.args.quick else BRIEFLY,
+                   "int4": {"rounding": "nearest"} if self.args.quick else BRIEFLY | {"tune_steps": tune_steps},
                    "mixed_precision": {"dtype": self.args.dtype} if self.args.dtype != "auto" else {}}  # fmt: skip
         return [(technique, options | changes.get(technique, {})) for technique, options in search.steps_of(choices)]
 
@@ -209,10 +211,8 @@ class Finder:
         measured = {name: alone for name, alone in self.state["alone"].items() if alone["status"] == "ok" and name != BASELINE}
         return {name: Single(**{field: alone[field] for field in fields}) for name, alone in measured.items()}
 
-    def _estimates(self, bandwidth_gb_per_s: float | None) -> list[Stack]:
-        machine = {"baseline_tpot_ms": self.state["alone"][BASELINE]["tpot_ms"],
-                   "bandwidth_gb_per_s": bandwidth_gb_per_s or float("inf")}  # fmt: skip
-        stacks = search.all_stacks(self._singles(), **machine)
+    def _estimates(self) -> list[Stack]:
+        stacks = search.all_stacks(self._singles(), baseline_tpot_ms=self.state["alone"][BASELINE]["tpot_ms"])
         self.state["estimates"] = [
             {"name": stack.name, "speedup": stack.speedup, "retention": stack.retention, "memory_mb": stack.memory_mb,
              "bytes_per_token": stack.megabytes_per_token * 1e6} for stack in stacks

@@ -4,8 +4,9 @@ Pure arithmetic on numbers that others measured. The space is a product of a few
 techniques combine. Each choice is measured alone, with the lean pass; a stack is estimated from its choices:
     loss         adds up: nats per token more than the untouched model's, as if the choices did not know of each other
     bytes        multiply: what is left of the weights after one choice is what the next one works on
-    overhead     adds up: ms a token takes beyond reading its bytes at the measured bandwidth (the ceiling)
-    memory       the weights by the rule for bytes; the rest of the peak by the rule for overhead
+    time a byte  multiplies likewise: how much faster or slower than under the lean pass alone a choice's bytes are read. Times
+                 beyond reading are not added up: of float32's the noise alone is as long as a whole token in int8
+    memory       the weights by the rule for bytes; the rest of the peak adds up
 Estimates rank; they decide nothing. What is chosen in the end was measured whole (find.py).
 """
 
@@ -29,8 +30,8 @@ AXES = {
         "": [],
         "half": [("mixed_precision", {})],
         "int8": [("quantization", {"scheme": "grouped"})],
+        "int4-7bit": [("int4", {"max_bits": 7.0})],
         "int4-6bit": [("int4", {"max_bits": 6.0})],
-        "int4-5.25bit": [("int4", {"max_bits": 5.25})],
         "int4-4.6bit": [("int4", {"max_bits": 4.6})],
     },
     "cache": {"": [], "kv8": [("kv_cache_quant", {})]},
@@ -38,7 +39,7 @@ AXES = {
 LEAN = [("lean_decode", {})]
 WORTH_TRYING = 0.02  # of what a token reads: no timing on a busy machine tells less from nothing
 # Cheap ones first: seconds; then minutes of rounding; then the minutes of calibration that pruning takes.
-BY_EXPENSE = ("lean", "half", "int8", "kv8", "int4-6bit", "int4-5.25bit", "int4-4.6bit", "width10", "heads10", "heads25")
+BY_EXPENSE = ("lean", "half", "int8", "kv8", "int4-7bit", "int4-6bit", "int4-4.6bit", "width10", "heads10", "heads25")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Single:
-    """One choice measured alone, under the lean pass; `loss_low` is the lower end of the loss's interval."""
+    """One choice measured alone, under the lean pass; `loss_low` is the lower end of the loss's interval, `tpot_ms` a token."""
 
     loss: float
     loss_low: float
@@ -74,7 +75,11 @@ class Single:
     kv_mb: float
     weights_mb: float
     rest_mb: float
-    overhead_ms: float
+    tpot_ms: float
+
+    @property
+    def ms_per_mb(self) -> float:
+        return self.tpot_ms / (self.streamed_mb + self.kv_mb)
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,7 @@ def pruned_share(name: str, config) -> float | None:
     return options["prune_ratio"] * config.num_hidden_layers * prunable[technique] / weights.streamed
 
 
-def estimate(choices, singles: dict[str, Single], *, baseline_tpot_ms: float, bandwidth_gb_per_s: float) -> Stack:
+def estimate(choices, singles: dict[str, Single], *, baseline_tpot_ms: float) -> Stack:
     """What the stack of `choices` should give, from what its choices gave alone (the module's docstring has the rules)."""
     lean, parts = singles["lean"], [singles[name] for name in choices if name]
 
@@ -157,17 +162,17 @@ def estimate(choices, singles: dict[str, Single], *, baseline_tpot_ms: float, ba
         return getattr(lean, field) * math.prod(getattr(part, field) / getattr(lean, field) for part in parts)
 
     megabytes = multiplied("streamed_mb") + multiplied("kv_mb")
-    tpot_ms = megabytes / bandwidth_gb_per_s + max(0.0, added("overhead_ms"))  # MB / (GB/s) is ms
     return Stack(
-        choices=tuple(choices), retention=math.exp(-added("loss")), speedup=baseline_tpot_ms / tpot_ms,
+        choices=tuple(choices), retention=math.exp(-added("loss")),
+        speedup=baseline_tpot_ms / (megabytes * multiplied("ms_per_mb")),
         memory_mb=multiplied("weights_mb") + added("rest_mb"), megabytes_per_token=megabytes,
     )  # fmt: skip
 
 
-def all_stacks(singles: dict[str, Single], **machine) -> list[Stack]:
+def all_stacks(singles: dict[str, Single], *, baseline_tpot_ms: float) -> list[Stack]:
     """Every stack whose choices were all measured alone, estimated."""
     known = [[name for name in names if not name or name in singles] for names in AXES.values()]
-    return [estimate(choices, singles, **machine) for choices in itertools.product(*known)]
+    return [estimate(choices, singles, baseline_tpot_ms=baseline_tpot_ms) for choices in itertools.product(*known)]
 
 
 def front(rows: list, quantities) -> list:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ class RoundedLinear(nn.Module):
 
 
 def round_inputs(x: torch.Tensor, group_size: int) -> torch.Tensor:
-    """x [..., K], inputs or weights, as int8 groups show it: float32."""
+    """x [..., K] as int8 groups show it: float32."""
     return dequantize_groups(*quantize_groups(x, group_size), group_size)
 
 
@@ -68,9 +68,11 @@ def round_blockwise(
     damping: float,
     tied: bool,
     correction: float = 0.0,
-    int8: Collection[str] = (),
+    lm_head: bool = True,
 ) -> dict[str, Form]:
-    """GPTQ forms of every linear layer by name, lm_head included, but not those in `int8`. The model is handed back as it was.
+    """GPTQ forms of every linear layer by name, with or without `lm_head`. The model is handed back as it was.
+
+    All are rounded as if all were to be int4, so that one rounding serves every choice of layers that get int8 instead.
 
     Args:
         model: a LlamaForCausalLM whose layers are nn.Linear.
@@ -95,12 +97,8 @@ def round_blockwise(
                 if correction:
                     together = corrected(together, moments, cross, correction, damping)
                 for name, form in _round_together(together, originals, moments, group_size, damping, stage):
-                    full_name = f"model.layers.{index}.{name}"
-                    if full_name in int8:
-                        dequantized = round_inputs(originals[name].weight, group_size)
-                    else:
-                        forms[full_name], dequantized = form, dequantize_int4(*form, group_size)
-                    _set(block, name, RoundedLinear(originals[name], dequantized, group_size))
+                    forms[f"model.layers.{index}.{name}"] = form
+                    _set(block, name, RoundedLinear(originals[name], dequantize_int4(*form, group_size), group_size))
             for window in range(len(hidden)):
                 hidden[window : window + 1] = _first(block(hidden[window : window + 1], **arguments))
         finally:
@@ -109,7 +107,7 @@ def round_blockwise(
         _progress(
             f"int4: block {index + 1} of {len(blocks)}, {time.perf_counter() - start:.0f} s", last=index + 1 == len(blocks)
         )
-    if "lm_head" in int8:
+    if not lm_head:
         return forms
     x = round_inputs(torch.cat([model.model.norm(window) for window in hidden]), group_size)
     damping = TIED_DAMPING if tied else damping

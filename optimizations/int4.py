@@ -1,16 +1,15 @@
 """Int4: every linear layer's weights as 4-bit codes in groups of 64, an eighth of the bytes of float32.
 
-Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in bfloat16 for each group of consecutive
-        inputs: 4.5 bits a weight in groups of 64. Inputs are int8 per token and group, so the products stay integers.
-        Rounding each weight to its nearest code costs a small model a fifth of its quality. GPTQ, the default, rounds one
-        input after another and lets those to come make good the error, as second moments of the layer's inputs on
-        calibration text tell; then grid and codes are improved in turn. Blocks are visited in order: each layer sees what
-        the rounded layers before it hand on; with `--correction` its weights first move towards those that give the float
-        model's outputs on these inputs. At last scales, minimums and norms learn the float model's answers for
-        `--tune-steps` steps, the codes standing still. A quarter of the calibration text the model writes itself, the rest
-        is of four kinds (calibration.py), which keeps what is learnt from holding for news alone. The result is cached in
-        ~/.cache/tinyllama-optimization; where it is found there, layers are taken from it block by block, and the float
-        model is never in memory.
+Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in bfloat16 for each group of consecutive inputs:
+        4.5 bits a weight in groups of 64. Inputs are int8 per token and group, so the products stay integers. Rounding each
+        weight to its nearest code costs a small model a fifth of its quality. GPTQ, the default, rounds one input after another
+        and lets those to come make good the error, as second moments of the layer's inputs on calibration text tell; then grid
+        and codes are improved in turn. Blocks are visited in order: each layer sees what the layers before it, rounded all of
+        them, hand on; with `--correction` its weights first move towards those that give the float model's outputs on these
+        inputs. At last scales, minimums and norms learn the float model's answers for `--tune-steps` steps, the codes standing
+        still. A quarter of the calibration text the model writes itself, the rest is of four kinds (calibration.py), which
+        keeps what is learnt from holding for news alone. The result is cached in ~/.cache/tinyllama-optimization; where it is
+        found there, layers are taken from it block by block, and the float model is never in memory.
 Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss most per bit int8 instead, as far as
         `--max-bits` allows: 4.6 is int4 with a few exceptions, 6 a mixture. q, k and v count as one layer, and so do gate
         and up: lean decode multiplies them as one. `none`, or names, choose by hand.
@@ -99,10 +98,11 @@ def apply(
     if rounding == "gptq":
         ids = text(tokens=calibration_tokens)
         options = {"group_size": group_size, "damping": damping, "correction": correction}
-        cache, forms = _gptq_forms(model, ids, tied=tied, int8=upgraded, **options)
+        cache, forms = _gptq_forms(model, ids, tied=tied, lm_head="lm_head" not in upgraded, **options)
         if tune_steps:
             ids = text(tokens=(tune_steps + HELD_OUT_MOST) * calibration.WINDOW)
-            forms, norms = _tuned_forms(model, forms, cache, ids, tied=tied, group_size=group_size, steps=tune_steps)
+            options = {"int8": upgraded, "steps": tune_steps, "group_size": group_size, "tied": tied}
+            forms, norms = _tuned_forms(model, forms, cache, ids, **options)
             learnt = any(not torch.equal(weight, model.get_parameter(name)) for name, weight in norms.items())
             outcome = "scales, minimums and norms learnt" if learnt else "nothing kept, held-out text did not gain"
             notes.append(f"tuned for {tune_steps} steps: {outcome}")
@@ -163,27 +163,28 @@ def effective_bits(model) -> float:
     return 8 * sum(stored.values()) / weights
 
 
-def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, int8: list[str], **options) -> tuple[CalibrationCache, Mapping]:
-    """Codes, scale and minimum by layer name, from the cache if found before; and that cache."""
-    cache = CalibrationCache.of(model, ids, code=ROUNDING_CODE, int8=sorted(int8), **options)
+def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, lm_head: bool, **options) -> tuple[CalibrationCache, Mapping]:
+    """Codes, scale and minimum by layer name, those that will get int8 too, from the cache if found before; and that cache."""
+    cache = CalibrationCache.of(model, ids, code=ROUNDING_CODE, lm_head=lm_head, **options)
     forms = cached_forms(cache, "gptq", model)
     if forms is None:
         read_weights(model)
-        forms = round_blockwise(model, ids, tied=tied, int8=int8, **options)
+        forms = round_blockwise(model, ids, tied=tied, lm_head=lm_head, **options)
         save_forms(cache, "gptq", forms)
     return cache, forms
 
 
 def _tuned_forms(
-    model, forms: Mapping, cache: CalibrationCache, ids: torch.Tensor, *, tied: bool, group_size: int, steps: int
+    model, forms: Mapping, cache: CalibrationCache, ids: torch.Tensor, *, int8: list[str], steps: int, **options
 ) -> tuple[Mapping, dict]:
-    """Like `forms`, which `cache` holds, but tuned on `ids`; and weights of norms by name."""
-    tuned_cache = CalibrationCache.of(model, ids, code=TUNING_CODE, rounding=cache.folder.name, steps=steps)
+    """Like `forms`, which `cache` holds, but tuned on `ids` and without the layers in `int8`; and weights of norms by name."""
+    tuned_cache = CalibrationCache.of(model, ids, code=TUNING_CODE, rounding=cache.folder.name, int8=sorted(int8), steps=steps)
     stored = cached_forms(tuned_cache, "tuned", model)
     if stored is not None:
         return stored, stored.norms
     read_weights(model)
-    tuned, norms = tune(model, ids, forms, group_size=group_size, steps=steps, tied=tied)
+    rounded = {name: form for name, form in forms.items() if name not in int8}
+    tuned, norms = tune(model, ids, rounded, steps=steps, **options)
     save_forms(tuned_cache, "tuned", tuned, norms)
     return tuned, norms
 

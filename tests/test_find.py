@@ -20,14 +20,14 @@ from worker import RecipeError
 # loss in nats, MB streamed, ms a token
 FIGURES = {
     "baseline": (0.0, 400, 40), "lean": (0.0, 400, 25), "half": (0.0005, 200, 14), "int8": (0.004, 100, 9),
-    "kv8": (0.001, 400, 25.5), "int4-6bit": (0.02, 75, 8), "int4-5.25bit": (0.04, 65, 7), "int4-4.6bit": (0.09, 55, 6),
+    "kv8": (0.001, 400, 25.5), "int4-7bit": (0.02, 75, 8), "int4-6bit": (0.04, 65, 7), "int4-4.6bit": (0.09, 55, 6),
     "width10": (0.012, 370, 23), "heads10": (0.01, 394, 26), "heads25": (0.05, 385, 27),
 }  # fmt: skip
 
 
 def steps_alone(name: str) -> list:
     """As a search that is not quick tries a choice alone."""
-    briefly = {"int4": find.BRIEFLY}
+    briefly = {"int4": find.BRIEFLY | {"tune_steps": find.TUNE_STEPS.get(name, 0)}}
     return [(technique, options | briefly.get(technique, {})) for technique, options in search.steps_of(search.alone(name))]
 
 
@@ -88,7 +88,7 @@ def searching(tmp_path):
     def run(min_retention=0.97, **flags):
         measurement = SimpleNamespace(
             store=store, scratch=tmp_path, inputs=SimpleNamespace(input_ids=torch.ones(1, 8)), titles={},
-            bandwidth_gb_per_s=20.0, tokenizer=lambda text, **_: SimpleNamespace(input_ids=list(range(len(text)))),
+            tokenizer=lambda text, **_: SimpleNamespace(input_ids=list(range(len(text)))),
         )  # fmt: skip
         finder = find.Finder(SimpleNamespace(**vars(args) | flags), Limits(min_retention))
         return finder, finder.choose_recipes(measurement), measurement
@@ -100,13 +100,13 @@ def test_choices_are_measured_once_and_the_best_stacks_picked(asked, searching, 
     """The harshest int4 is skipped, for the milder one lost too much alone; the estimate adds and multiplies."""
     finder, picked, measurement = searching()
     assert asked.names == ["baseline", *(name for name in search.BY_EXPENSE if name != "int4-4.6bit")]
-    assert "int4-6bit+lean" in picked and len(picked) == 4
+    assert "int4-7bit+lean" in picked and len(picked) == 4
     saved = json.loads((tmp_path / find.RESULTS).read_text())
     assert saved["alone"]["int4-4.6bit"]["status"] == "skipped" and saved["picked"] == list(picked)
-    best = next(row for row in saved["estimates"] if row["name"] == "int4-6bit+lean")
+    best = next(row for row in saved["estimates"] if row["name"] == "int4-7bit+lean")
     assert best["speedup"] == pytest.approx(5) and best["retention"] == pytest.approx(0.9802, abs=1e-4)
     assert measurement.deadline == pytest.approx(finder.started + 20 * 60) and set(measurement.titles) == set(picked)
-    assert picked["int4-6bit+lean"] == [("int4", {"max_bits": 6.0} | find.BRIEFLY), ("lean_decode", {})]
+    assert picked["int4-7bit+lean"] == [("int4", {"max_bits": 7.0, "tune_steps": 0} | find.BRIEFLY), ("lean_decode", {})]
 
 
 def test_what_would_hardly_be_seen_is_not_tried(asked, searching):
@@ -139,12 +139,12 @@ def test_without_lean_there_is_nothing_to_build_on(asked, searching):
 
 
 def test_a_quick_search_leaves_out_what_takes_minutes(asked, searching, monkeypatch):
-    nearest = [("int4", {"max_bits": 6.0, "rounding": "nearest"}), ("lean_decode", {})]
-    monkeypatch.setitem(NAMES, json.dumps(nearest), "int4-6bit")
-    monkeypatch.setitem(NAMES, json.dumps([("int4", nearest[0][1] | {"max_bits": 5.25}), nearest[1]]), "int4-5.25bit")
+    nearest = [("int4", {"max_bits": 7.0, "rounding": "nearest"}), ("lean_decode", {})]
+    monkeypatch.setitem(NAMES, json.dumps(nearest), "int4-7bit")
+    monkeypatch.setitem(NAMES, json.dumps([("int4", nearest[0][1] | {"max_bits": 6.0}), nearest[1]]), "int4-6bit")
     _, picked, _ = searching(quick=True)
     assert not any("heads" in name or "width" in name for name in [*asked.names, *picked])
-    assert picked["int4-6bit+lean"] == nearest
+    assert picked["int4-7bit+lean"] == nearest
 
 
 def test_the_command_repeats_the_run_without_the_search(monkeypatch):

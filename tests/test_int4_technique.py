@@ -97,11 +97,10 @@ def test_correction_finds_the_weights_for_the_inputs_there_are():
 def test_the_model_is_only_borrowed_while_it_is_walked():
     model = tiny()
     modules, before = dict(model.named_modules()), {name: p.clone() for name, p in model.named_parameters()}
-    int8 = ["model.layers.1.mlp.up_proj", "lm_head"]
     forms = kernels.blockwise.round_blockwise(
-        model, CALIBRATION, group_size=32, damping=0.01, tied=False, correction=0.5, int8=int8
+        model, CALIBRATION, group_size=32, damping=0.01, tied=False, correction=0.5, lm_head=False
     )
-    assert len(forms) == 3 * 7 - 1 and not set(int8) & set(forms)
+    assert len(forms) == 3 * 7 and "lm_head" not in forms
     assert dict(model.named_modules()) == modules
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
 
@@ -185,6 +184,17 @@ def test_the_second_run_reads_what_the_first_wrote(monkeypatch, ids):
         int4.apply(tiny(), max_bits=6)
     with pytest.raises(TypeError):  # and another model's is not taken
         int4.apply(tiny(seed=1), max_bits=6)
+
+
+def test_one_rounding_serves_every_width(monkeypatch):
+    """More layers in int8 need no other rounding, and those are not tuned."""
+    narrow = int4.apply(tiny(), max_bits=6.5, tune_steps=0)
+    monkeypatch.setattr(int4, "round_blockwise", None)
+    tuned = {}
+    monkeypatch.setattr(int4, "tune", lambda model, ids, forms, **_: (tuned.update(forms) or forms, {}))
+    wide = int4.apply(tiny(), max_bits=8)
+    assert kinds(wide, Int8Linear) > kinds(narrow, Int8Linear)
+    assert tuned.keys() == kinds(wide, Int4Linear)
 
 
 def test_random_weights_are_rounded_to_nearest_and_say_so(monkeypatch):

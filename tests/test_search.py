@@ -12,13 +12,12 @@ import search
 import stacks
 from search import Limits, Single, Stack
 
-MACHINE = {"baseline_tpot_ms": 40.0, "bandwidth_gb_per_s": 20.0}
+MACHINE = {"baseline_tpot_ms": 40.0}
 
 
-def single(loss=0.0, streamed=400.0, overhead=2.0, weights=400.0, rest=50.0, kv=4.0):
-    return Single(
-        loss=loss, loss_low=loss - 0.001, streamed_mb=streamed, kv_mb=kv, weights_mb=weights, rest_mb=rest, overhead_ms=overhead
-    )
+def single(loss=0.0, streamed=400.0, ms=20.2, weights=400.0, rest=50.0, kv=4.0):
+    low = loss - 0.001
+    return Single(loss=loss, loss_low=low, streamed_mb=streamed, kv_mb=kv, weights_mb=weights, rest_mb=rest, tpot_ms=ms)
 
 
 @pytest.fixture
@@ -26,18 +25,19 @@ def singles():
     """The lean pass, int8 at a quarter of the bytes, a tenth of the width at 0.92 of them, and an int8 cache."""
     return {
         "lean": single(loss=0.001),
-        "int8": single(loss=0.006, streamed=100.0, overhead=3.0, weights=110.0),
-        "width10": single(loss=0.011, streamed=368.0, weights=368.0),
-        "kv8": single(loss=0.002, kv=2.0, overhead=2.5, rest=49.0),
+        "int8": single(loss=0.006, streamed=100.0, ms=10.4, weights=110.0),
+        "width10": single(loss=0.011, streamed=368.0, ms=18.6, weights=368.0),
+        "kv8": single(loss=0.002, kv=2.0, ms=22.11, rest=49.0),
     }
 
 
-def test_losses_and_overheads_add_up_and_bytes_multiply(singles):
+def test_losses_add_up_while_bytes_and_the_time_for_each_multiply(singles):
+    """The lean pass reads at 0.05 ms a MB, int8 at twice that, the pruned width at the same, the int8 cache at 1.1 of it."""
     stack = search.estimate(("", "width10", "int8", "kv8"), singles, **MACHINE)
     assert stack.name == "width10+int8+kv8+lean"
     assert stack.retention == pytest.approx(math.exp(-(0.001 + 0.005 + 0.010 + 0.001)))
     assert stack.megabytes_per_token == pytest.approx(100 * 0.92 + 2.0)
-    assert 40 / stack.speedup == pytest.approx((92 + 2) / 20 + 2 + 1 + 0 + 0.5)
+    assert 40 / stack.speedup == pytest.approx((92 + 2) * 0.05 * 2 * 1 * 1.1)
     assert stack.memory_mb == pytest.approx(110 * 0.92 + 50 - 1)
 
 

@@ -61,8 +61,8 @@ def test_gradients_are_those_of_the_plain_product():
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_divergence_falls_and_the_model_is_handed_back(tied):
     model = make_tiny(tied=tied)
-    int8 = ["model.layers.1.mlp.up_proj"]
-    forms = round_blockwise(model, WINDOWS[:8], group_size=GROUP, damping=0.01, tied=tied, int8=int8)
+    forms = round_blockwise(model, WINDOWS[:8], group_size=GROUP, damping=0.01, tied=tied)
+    del forms["model.layers.1.mlp.up_proj"]  # it gets int8
     modules, before = dict(model.named_modules()), {name: part.clone() for name, part in model.named_parameters()}
     tuned, norms = tune(model, WINDOWS, forms, group_size=GROUP, steps=30, tied=tied, rate=2 * tuning.LEARNING_RATE)
     assert dict(model.named_modules()) == modules and not any(part.requires_grad for part in model.parameters())
@@ -90,7 +90,7 @@ def test_one_window_is_refused():
 def test_a_model_with_less_to_gain_learns_slower(monkeypatch):
     """In proportion to how far it is from the float model, and never faster than at the full rate."""
     model = make_tiny()
-    forms = round_blockwise(model, WINDOWS[:4], group_size=GROUP, damping=0.01, tied=False, int8=[])
+    forms = round_blockwise(model, WINDOWS[:4], group_size=GROUP, damping=0.01, tied=False)
     rates, adam = [], torch.optim.Adam
 
     def watched(groups, lr, **options):
