@@ -4,8 +4,8 @@ Idea    Decode at batch 1 is bound by reading weights: half the bytes, up to twi
         input embeddings stay float32 (the residual adds 44 small numbers to a growing one); linears and lm_head are
         half, with casts where the two meet. lm_head in float32 would cost 6 % of TinyLlama's decode.
 Dtype   fp16 on CUDA and MPS, bf16 on a CPU. fp16 on a CPU without AMX-FP16 is refused: it is converted in software and
-        slower than float32. A CPU without bf16 arithmetic stores bf16 and multiplies in float32: decode and memory
-        gain, prefill does not. The record's notes say which it was.
+        slower than float32. A CPU without bf16 arithmetic stores bf16 and multiplies in float32, each weight widened as it is
+        read: decode and memory gain as elsewhere, prefill less. The record's notes say which it was.
 Tied    SmolLM2's input embedding is lm_head. A float32 copy would cost 21 % of the model, so the one table stays shared, in
         half, and looks up float32 rows; with `--untie` the float32 copy is kept and counted.
 Loses   Nothing that shows in perplexity (retention >= 99.8 %).

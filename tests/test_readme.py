@@ -17,7 +17,7 @@ from store import validate
 
 ROOT = Path(__file__).parent.parent
 WHOLE = ["results", "results/tinyllama-random"]  # every recipe of the default list
-FOLDERS = [*WHOLE, "results/xeon-amx-tinyllama-random", "results/axes"]
+FOLDERS = [*WHOLE, "results/xeon-amx-tinyllama-random", "results/epyc-avx2-tinyllama-random", "results/axes"]
 
 
 @pytest.fixture(scope="module", autouse=True)
