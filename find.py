@@ -33,9 +33,9 @@ RESULTS = "find_results.json"
 WINDOWS, WINDOW = 8, 256  # tokens of calibration text: 2 048 in all
 TIMED = 4
 SHARE_ALONE = 0.75  # of the time, for choices alone; whole stacks mostly find what those calibrated
-# Half of int4's own text: one rounding serves all widths, and still takes minutes. Tuning wins back a third of what rounding to
-# 4.6 bits loses, of the little that 6 and 7 bits lose a tenth.
-BRIEFLY = {"calibration_tokens": 8192}
+# Half of int4's own text, none that the model writes, and one rounding for all widths: that takes five minutes where whole
+# calibration takes twenty. Tuning takes minutes a width: only 4.6 bits, which are of no use without it, get some.
+BRIEFLY = {"calibration_tokens": 8192, "generated_share": 0.0}
 TUNE_STEPS = {"int4-4.6bit": 16}
 FLAGS = ("--min-retention", "--max-memory-mb", "--min-speedup", "--find-minutes")
 

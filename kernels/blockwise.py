@@ -68,9 +68,8 @@ def round_blockwise(
     damping: float,
     tied: bool,
     correction: float = 0.0,
-    lm_head: bool = True,
 ) -> dict[str, Form]:
-    """GPTQ forms of every linear layer by name, with or without `lm_head`. The model is handed back as it was.
+    """GPTQ forms of every linear layer by name, lm_head included. The model is handed back as it was.
 
     All are rounded as if all were to be int4, so that one rounding serves every choice of layers that get int8 instead.
 
@@ -107,8 +106,6 @@ def round_blockwise(
         _progress(
             f"int4: block {index + 1} of {len(blocks)}, {time.perf_counter() - start:.0f} s", last=index + 1 == len(blocks)
         )
-    if not lm_head:
-        return forms
     x = round_inputs(torch.cat([model.model.norm(window) for window in hidden]), group_size)
     damping = TIED_DAMPING if tied else damping
     forms["lm_head"] = gptq_refined(model.lm_head.weight, x.T @ x / len(x), group_size=group_size, damping=damping)

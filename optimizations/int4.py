@@ -98,7 +98,7 @@ def apply(
     if rounding == "gptq":
         ids = text(tokens=calibration_tokens)
         options = {"group_size": group_size, "damping": damping, "correction": correction}
-        cache, forms = _gptq_forms(model, ids, tied=tied, lm_head="lm_head" not in upgraded, **options)
+        cache, forms = _gptq_forms(model, ids, tied=tied, **options)
         if tune_steps:
             ids = text(tokens=(tune_steps + HELD_OUT_MOST) * calibration.WINDOW)
             options = {"int8": upgraded, "steps": tune_steps, "group_size": group_size, "tied": tied}
@@ -163,13 +163,13 @@ def effective_bits(model) -> float:
     return 8 * sum(stored.values()) / weights
 
 
-def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, lm_head: bool, **options) -> tuple[CalibrationCache, Mapping]:
+def _gptq_forms(model, ids: torch.Tensor, *, tied: bool, **options) -> tuple[CalibrationCache, Mapping]:
     """Codes, scale and minimum by layer name, those that will get int8 too, from the cache if found before; and that cache."""
-    cache = CalibrationCache.of(model, ids, code=ROUNDING_CODE, lm_head=lm_head, **options)
+    cache = CalibrationCache.of(model, ids, code=ROUNDING_CODE, **options)
     forms = cached_forms(cache, "gptq", model)
     if forms is None:
         read_weights(model)
-        forms = round_blockwise(model, ids, tied=tied, lm_head=lm_head, **options)
+        forms = round_blockwise(model, ids, tied=tied, **options)
         save_forms(cache, "gptq", forms)
     return cache, forms
 
