@@ -27,7 +27,7 @@ FIGURES = {
 
 def steps_alone(name: str) -> list:
     """As a search that is not quick tries a choice alone."""
-    briefly = {"int4": find.BRIEFLY}
+    briefly = {"int4": find.BRIEFLY | {"tune_steps": find.TUNE_STEPS.get(name, 0)}}
     return [(technique, options | briefly.get(technique, {})) for technique, options in search.steps_of(search.alone(name))]
 
 
@@ -106,7 +106,7 @@ def test_choices_are_measured_once_and_the_best_stacks_picked(asked, searching, 
     best = next(row for row in saved["estimates"] if row["name"] == "int4-7bit+lean")
     assert best["speedup"] == pytest.approx(5) and best["retention"] == pytest.approx(0.9802, abs=1e-4)
     assert measurement.deadline == pytest.approx(finder.started + 20 * 60) and set(measurement.titles) == set(picked)
-    assert picked["int4-7bit+lean"] == [("int4", {"max_bits": 7.0} | find.BRIEFLY), ("lean_decode", {})]
+    assert picked["int4-7bit+lean"] == [("int4", {"max_bits": 7.0, "tune_steps": 0} | find.BRIEFLY), ("lean_decode", {})]
 
 
 def test_what_would_hardly_be_seen_is_not_tried(asked, searching):
