@@ -1,14 +1,14 @@
 """Which kind of pruning pays: quality against the share of a token's bytes removed, at the same bytes for every kind.
 
-Four kinds are cut to about 2, 4.5 and 9 % of what a decoded token streams: query heads (chosen by calibration, the rest
-refitted), MLP width (likewise), attention sublayers, and whole blocks (chosen one after another, nothing refitted). A sublayer
-or a block is one piece, so theirs is the nearest whole number. Each point is a process of its own that is scored like any
-recipe, on evaluation text, with intervals; speed is not timed here. Writes equal_bytes_results.json after each point, and
+Four kinds are cut by about 2, 4.5 and 9 % of what a decoded token streams (`--shares`): query heads (chosen by calibration,
+the rest refitted), MLP width (likewise), attention sublayers, and whole blocks (chosen one after another, nothing refitted). A
+sublayer or a block is one piece, so theirs is the nearest whole number. Each point is a process of its own that is scored like
+any recipe, on evaluation text, with intervals; speed is not timed here. Writes equal_bytes_results.json after each point, and
 visualizations/equal_bytes.png; a run that was stopped goes on where it was. Calibration takes minutes once per kind, then is
 kept in ~/.cache/tinyllama-optimization.
 
     python pruning_curve.py --model smollm2-135m
-    python pruning_curve.py --model smollm2-135m --kinds attention,blocks --quick
+    python pruning_curve.py --model smollm2-135m --kinds attention,blocks --shares 0.03,0.06 --quick
 """
 
 from __future__ import annotations
@@ -36,11 +36,14 @@ def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 a point failed, 2 bad arguments, 130 interrupted."""
     parser = cli.build_parser(__doc__)
     parser.add_argument("--kinds", default=",".join(KINDS), metavar="A,B", help="which kinds (default: %(default)s)")
+    parser.add_argument("--shares", default=",".join(map(str, SHARES)), metavar="X,Y",
+        help="how much of what a token streams goes, above 0 and below 1 (default: %(default)s)")  # fmt: skip
     args = cli.parse(parser, argv)
     try:
         kinds = [kind.strip() for kind in args.kinds.split(",")]
         if unknown := set(kinds) - set(KINDS):
             raise ValueError(f"--kinds {min(unknown)!r}: choose from {', '.join(KINDS)}")
+        shares = parse_shares(args.shares)
         if args.source.random_weights:
             raise ValueError(f"--model {args.source.name}: random weights have no quality to lose; choose a real model")
         tokenizer = models.load_tokenizer(args.source)
@@ -51,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            curve.measure(plan(args.config, kinds), Path(scratch))
+            curve.measure(plan(args.config, kinds, shares), Path(scratch))
     except KeyboardInterrupt:
         console.print("interrupted: finished points are kept", markup=False)
         code = 130
@@ -62,13 +65,24 @@ def main(argv: list[str] | None = None) -> int:
     return code or (1 if statuses & {"failed", "oom"} else 0)
 
 
-def plan(config, kinds) -> dict[str, tuple[str, Steps]]:
+def parse_shares(text: str) -> list[float]:
+    """The shares that `--shares` lists. Raises ValueError, naming the flag."""
+    try:
+        shares = [float(part) for part in text.split(",")]
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise ValueError(f"--shares {text}: choose numbers between 0 and 1, separated by commas")
+    return shares
+
+
+def plan(config, kinds, shares=SHARES) -> dict[str, tuple[str, Steps]]:
     """Name -> (title, steps) of every point, by the bytes that the configuration tells."""
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     head, attention, mlp, streamed = count_weights(config)
     points: dict[str, tuple[str, Steps]] = {}
     for kind in kinds:
-        for share in SHARES:
+        for share in shares:
             going = share * streamed
             if kind in ("attention", "blocks"):
                 count = max(1, round(going / (attention + (mlp if kind == "blocks" else 0))))

@@ -193,6 +193,8 @@ def test_a_curve_of_random_weights(refused, module):
 
 def test_unknown_kind_of_pruning(refused):
     assert "--kinds" in refused(["--kinds", "blocks,neurons"], module="pruning_curve")
+    assert "--shares 0.1,2" in refused(["--shares", "0.1,2"], module="pruning_curve")
+    assert "--shares a" in refused(["--shares", "a"], module="pruning_curve")
 
 
 def test_stacks_stand_beside_recipes_or_alone(started):

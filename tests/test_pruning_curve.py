@@ -26,6 +26,7 @@ def test_points_remove_about_the_same_bytes():
         "attention-3", "attention-7", "attention-14", "blocks-1", "blocks-2", "blocks-3",
         "heads-0.135", "heads-0.304", "heads-0.608", "width-0.034", "width-0.076", "width-0.152",
     ]  # fmt: skip
+    assert list(pruning_curve.plan(config, ["heads", "width"], [0.0592])) == ["heads-0.4", "width-0.1"]
     assert points["heads-0.304"][1] == [("head_pruning", {"method": "calibrated", "prune_ratio": 0.304})]
 
 
