@@ -50,6 +50,7 @@ def cache_memory(consolidated, records):
     tokens = [(p["depth"] + prompt) * p["batch_size"] for p in chosen[0]["axes"]]
     reference = sorted(zip(tokens, (p["baseline_kv_cache_mb"] for p in chosen[0]["axes"]), strict=True))
     axes.plot(*zip(*reference, strict=True), "k--", marker=".", label="baseline")
+    measured = [r for r in records if r.get("axes")]
     names = {}  # of recipes whose caches are the same: lines on top of each other could not be told apart
     for record in chosen:
         points = tuple(sorted(zip(tokens, (p["kv_cache_mb"] for p in record["axes"]), strict=True)))
@@ -65,9 +66,10 @@ def cache_memory(consolidated, records):
         else []
     )
     title = "KV-cache memory by tokens held"
-    return finish(
-        axes, consolidated, [*chosen, baseline_of(consolidated)], title, "(depth + prompt + new tokens) x batch size", notes
-    )
+    same = [label(r) for r in measured if r not in chosen]
+    notes += [f"The same cache as the baseline: {', '.join(same)}."] if same else []
+    drawn = [*measured, baseline_of(consolidated)]
+    return finish(axes, consolidated, drawn, title, "(depth + prompt + new tokens) x batch size", notes)
 
 
 def _has_cache_technique(record):
@@ -95,8 +97,11 @@ def _by_depth(consolidated, record, batch_size):
 
 def _crossover(name, rival, speeds):
     """From which depth on the recipe is as fast as the same without its cache technique; `speeds` depth -> (rival's, its)."""
-    faster = [depth for depth, (theirs, ours) in speeds.items() if theirs and ours and ours >= theirs]
-    deepest = max(speeds)
-    if not faster:
-        return f"{name}: no crossover up to a depth of {deepest}: slower than {rival} throughout."
-    return f"{name}: at least as fast as {rival} from a depth of {min(faster)} on (measured up to {deepest})."
+    deepest, crossover = max(speeds), None
+    for depth, (theirs, ours) in sorted(speeds.items(), reverse=True):
+        if not (theirs and ours and ours >= theirs):
+            break
+        crossover = depth
+    if crossover is None:
+        return f"{name}: no crossover up to a depth of {deepest}: slower than {rival} there."
+    return f"{name}: at least as fast as {rival} from a depth of {crossover} on (measured up to {deepest})."

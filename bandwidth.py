@@ -21,7 +21,7 @@ def read_bandwidth(device: torch.device, *, cache: Path, threads: int) -> dict:
     file = cache / "read_bandwidth.json"
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-        if known["machine"] == machine:
+        if known["machine"] == machine and known["read_bandwidth_gb_per_s"]:  # none: memory was short then
             return {key: known[key] for key in ("read_bandwidth_gb_per_s", "read_bandwidth_measured")}
     except (OSError, ValueError, KeyError):
         pass

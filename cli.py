@@ -20,9 +20,9 @@ QUICK = {"new_tokens": 10, "repeats": 6, "quality_windows": 4, "quality_window":
 DEFAULTS = Workload()
 
 
-def build_parser(docstring: str, **kwargs) -> argparse.ArgumentParser:
+def build_parser(docstring: str) -> argparse.ArgumentParser:
     """A parser whose `--help` opens with the script's own docstring and ends with the shared flags."""
-    parser = argparse.ArgumentParser(description=docstring, formatter_class=_Formatter, **kwargs)
+    parser = argparse.ArgumentParser(description=docstring, formatter_class=_Formatter)
     shared = parser.add_argument_group("model and machine")
     shared.add_argument("--model", "-m", default="auto", metavar="MODEL",
         help="auto | tinyllama | smollm2-135m | tinyllama-random | <hub id> | <folder> | <file.gguf> (default: auto, TinyLlama "
@@ -111,6 +111,18 @@ def fail(parser: argparse.ArgumentParser, error: Exception) -> None:
     """One sentence, exit code 2."""
     print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def without_flags(argv: list[str], *names: str) -> list[str]:
+    """`argv` without these flags, which take a value each: spelled out or shortened, the value after them or after `=`."""
+    kept, skip = [], False
+    for word in argv:
+        flag, equals, _ = word.partition("=")
+        dropped = not skip and len(flag) > 4 and any(name.startswith(flag) for name in names)
+        if not skip and not dropped:
+            kept.append(word)
+        skip = dropped and not equals
+    return kept
 
 
 def make_workload(args: argparse.Namespace, **axes: int) -> Workload:

@@ -17,8 +17,8 @@ import records
 import report
 from bandwidth import read_bandwidth
 from measurement import BASELINE, Measurement, console
+from stacks import Steps
 from store import ResultsFolder
-from worker import Steps
 
 
 def run(
@@ -36,6 +36,7 @@ def run(
             check_steps(steps, args.config)
         tokenizer = models.load_tokenizer(args.source)
         prepared = inputs.prepare(tokenizer, args, vocab_size=args.config.vocab_size)
+        models.fetch_weights(args.source)
         environment = records.environment(device=args.torch_device, threads=args.threads)
         workload, identity = describe(args, prepared, environment)
         store = ResultsFolder(folder, environment=environment, workload=workload, identity=identity, resume=args.resume)
@@ -55,6 +56,7 @@ def run(
             if search is not None:
                 recipes = recipes | search(measurement)
             measurement.measure_all(recipes, aa=aa)
+            code = 1 if {"failed", "oom"} & set(measurement.ended.values()) else 0
     except KeyboardInterrupt:
         console.print("interrupted: finished results are kept", markup=False)
         code = 130
@@ -64,8 +66,7 @@ def run(
     finally:
         publish(store, as_json=args.json)
         store.close()
-    statuses = [store.records[name]["status"] for name in (BASELINE, *recipes) if name in store.records]
-    return code or (1 if {"failed", "oom"} & set(statuses) else 0)
+    return code
 
 
 def check_steps(steps: Steps, config) -> None:
@@ -85,7 +86,8 @@ def describe(args, prepared: inputs.Inputs, environment: dict) -> tuple[dict, di
     machine = {
         key: environment[key] for key in ("cpu", "gpu", "threads", "os", "torch", "transformers", "commit", "code_sha256")
     }
-    identity = {"workload": workload, "model": [args.source.name, args.source.revision], "device": str(args.torch_device)}
+    model = [args.source.name, args.source.revision, models.fingerprint(args.source)]
+    identity = {"workload": workload, "model": model, "device": str(args.torch_device)}
     # Through JSON and back, so that it compares equal to what a file holds (tuples become lists).
     return workload, json.loads(json.dumps(identity | machine))
 
@@ -96,7 +98,11 @@ def publish(store: ResultsFolder, *, as_json: bool) -> None:
         return
     import charts
 
-    consolidated = readings.load_results(store.folder)  # as written: the charts carry a digest of what they show
+    try:
+        consolidated = readings.load_results(store.folder)  # as written: the charts carry a digest of what they show
+    except ValueError as error:
+        console.print(f"no table and no charts: {error}", markup=False)
+        return
     if as_json:
         print(json.dumps(consolidated))
     else:
@@ -110,11 +116,10 @@ def publish(store: ResultsFolder, *, as_json: bool) -> None:
 
 
 def repro(name: str) -> str:
-    """The command that a record came from, narrowed to its recipe where it was one of several."""
+    """The command that a record came from, narrowed to its recipe where it was one of several of the pipeline's."""
     script = Path(sys.argv[0])
     shown = f"optimizations/{script.name}" if script.parent.name == "optimizations" else script.name
-    flags = list(sys.argv[1:])
-    chosen = any(flag.startswith(("--recipes", "--stack")) for flag in flags)
-    if script.name == "run_optimization.py" and name != BASELINE and not chosen:
-        flags += ["--recipes", name]
+    flags = sys.argv[1:]
+    if script.name == "run_optimization.py" and name != BASELINE and cli.without_flags(flags, "--stack") == flags:
+        flags = [*cli.without_flags(flags, "--recipes"), "--recipes", name]
     return shlex.join(["python", shown, *flags])

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+import cli
 import experiment
 import readings
 import records
@@ -25,9 +26,10 @@ import search
 import stacks
 from measurement import BASELINE, Measurement, console
 from search import Limits, Single, Stack
+from stacks import Steps
 from store import read_json
 from texts import load_text
-from worker import Job, RecipeError, Steps, WorkerProcess
+from worker import Job, RecipeError, WorkerProcess
 
 RESULTS = "find_results.json"
 WINDOWS, WINDOW = 8, 256  # tokens of calibration text: 2 048 in all
@@ -90,6 +92,7 @@ class Finder:
 
     def choose_recipes(self, measurement: Measurement) -> dict[str, Steps]:
         """Measure the choices alone, estimate all stacks, and name those to measure, the cheap ones first."""
+        self.started = time.time()  # a model is downloaded before
         self._resume(measurement.store.consolidated())
         for number, name in enumerate([BASELINE, *search.BY_EXPENSE], 1):
             self._try_alone(name, measurement, f"[{number}/{1 + len(search.BY_EXPENSE)}] {name}")
@@ -97,7 +100,7 @@ class Finder:
                 console.print("the search ends here: everything is compared with the baseline and builds on lean", markup=False)
                 return {}
         estimated = self._estimates()
-        chosen = sorted(search.worth_measuring(estimated, self.limits), key=self._minutes_again)
+        chosen = sorted(search.worth_measuring(estimated, self.limits), key=self._seconds_again)
         self.picked = {stack.name: self._steps(stack.choices) for stack in chosen}
         self.state["picked"] = list(self.picked)
         self._save()
@@ -148,13 +151,15 @@ class Finder:
     def _try_alone(self, name: str, measurement: Measurement, where: str) -> None:
         """Measure one choice unless that is done, impossible, or hopeless; a failure is noted and the search goes on."""
         reference = measurement.store.cache / "calibration_reference.safetensors"
-        if name in self.state["alone"] and (name != BASELINE or reference.exists()):
+        steps = [] if name == BASELINE else self._steps(search.alone(name))
+        spelled = stacks.spell(steps)
+        before = self.state["alone"].get(name, {})
+        if before.get("stack") == spelled and (name != BASELINE or reference.exists()):
             console.print(f"{where}: measured before", markup=False)
             return
-        steps = [] if name == BASELINE else self._steps(search.alone(name))
         reason = self._why_not(name)
         entry = {"status": "skipped", "reason": reason} if reason else self._measure_alone(steps, measurement, reference, where)
-        self.state["alone"][name] = entry
+        self.state["alone"][name] = {"stack": spelled, **entry}
         self._save()
         console.print(f"{where}: {entry['reason'] or _alone_line(entry)}", markup=False)
 
@@ -170,11 +175,8 @@ class Finder:
 
     def _measure_alone(self, steps: Steps, measurement: Measurement, reference: Path, where: str) -> dict:
         args, start = self.args, time.time()
-        job = Job(
-            source=args.source, steps=steps, device=str(args.torch_device), threads=args.threads, workload=args.workload,
-            scratch_dir=str(measurement.scratch), input_ids=measurement.inputs.input_ids,
-            deadline=self.started + SHARE_ALONE * self.seconds if steps else None,
-        )  # fmt: skip
+        deadline = self.started + SHARE_ALONE * self.seconds
+        job = Job.of(args, steps, measurement.inputs.input_ids, measurement.scratch, deadline=deadline)
         try:
             experiment.check_steps(steps, args.config)
             with console.status(f"{where}: alone"), WorkerProcess(job) as worker:
@@ -219,7 +221,7 @@ class Finder:
         ]  # fmt: skip
         return stacks
 
-    def _minutes_again(self, stack: Stack) -> float:
+    def _seconds_again(self, stack: Stack) -> float:
         """Seconds of rounding that must be spent anew: what was kept on disk was found on weights that nobody had pruned."""
         heads, width, weights, _ = stack.choices
         return (self.state["alone"][weights]["apply_s"] or 0) if weights and (heads or width) else 0
@@ -234,14 +236,10 @@ def calibration_windows(tokenizer, positions: int) -> torch.Tensor:
 
 def command(steps: Steps) -> str:
     """What to type to measure exactly this stack: the flags of this run without the search's, and the stack."""
-    flags, skip = [], False
-    for flag in sys.argv[1:]:
-        name, equals, _ = flag.partition("=")
-        searching = flag == "--find" or (len(name) > 4 and any(known.startswith(name) for known in FLAGS))
-        if not searching and not skip:
-            flags.append(flag)
-        skip = searching and flag != "--find" and not equals
-    return shlex.join(["python", "run_optimization.py", *flags, *(["--stack", stacks.spell(steps)] if steps else [])])
+    flags = cli.without_flags([flag for flag in sys.argv[1:] if flag != "--find"], *FLAGS)
+    if not steps:
+        return shlex.join(["python", "baseline.py", *cli.without_flags(flags, "--dtype")])
+    return shlex.join(["python", "run_optimization.py", *flags, "--stack", stacks.spell(steps)])
 
 
 def _alone_line(entry: dict) -> str:

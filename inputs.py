@@ -40,7 +40,7 @@ def prepare(tokenizer, args, *, vocab_size: int) -> Inputs:
 
     `args` come from `cli.parse`. Without a tokenizer (random weights) ids are seeded random numbers.
 
-    Raises ValueError, naming the flag, if the evaluation text is missing or too short.
+    Raises ValueError, naming the flag, if the evaluation text is missing or too short, or a prompt is too long.
     """
     workload = args.workload
     rows = max([workload.batch_size, *(batch_size for _, batch_size in args.axes)])
@@ -50,6 +50,13 @@ def prepare(tokenizer, args, *, vocab_size: int) -> Inputs:
         ids = torch.randint(vocab_size, (rows, length), generator=generator)
         return Inputs(ids, [], [], None, None)
     prompts = args.prompts or test_prompts
+    prompt_ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    longest, positions = max(map(len, prompt_ids)) + workload.continuation_tokens, args.config.max_position_embeddings
+    if longest > positions:
+        raise ValueError(
+            f"--prompts-file: the longest prompt and its {workload.continuation_tokens} new tokens are {longest}: "
+            f"{args.source.name} has {positions} positions"
+        )
     text = load_text(text_file=args.text_file)
     windows = quality.cut_windows(
         tokenizer(text.content).input_ids, windows=workload.quality_windows, window=workload.quality_window
@@ -62,7 +69,7 @@ def prepare(tokenizer, args, *, vocab_size: int) -> Inputs:
     return Inputs(
         input_ids=_timed_prompt(tokenizer, prompts, rows=rows, length=length),
         prompts=prompts,
-        prompt_ids=[tokenizer(prompt).input_ids for prompt in prompts],
+        prompt_ids=prompt_ids,
         windows=windows,
         quality_protocol=protocol,
         speculation=speculation_prompts(tokenizer, longest=max(1, args.config.max_position_embeddings - NEW_TOKENS)),

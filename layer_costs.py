@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--model {args.source.name}: random weights have no loss to raise; choose a real model")
         if models.load_tokenizer(args.source) is None:
             raise ValueError(f"--model {args.source.name}: needs a tokenizer")
+        models.fetch_weights(args.source)
+        texts.load_text("calibration")
     except ValueError as error:
         cli.fail(parser, error)
     try:
@@ -53,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
         ids = calibration.calibration_ids(model, tokens=TOKENS)
         costs = rounding_costs(model, ids)
         heads = head_costs(model) if args.heads else None
+    except ValueError as error:  # a damaged file
+        cli.fail(parser, error)
     except KeyboardInterrupt:
         console.print("interrupted: nothing was written", markup=False)
         return 130

@@ -12,8 +12,9 @@ import interleave
 import judgement
 import records
 from devices import available_memory_mb
+from stacks import Steps
 from store import ResultsFolder
-from worker import Job, RecipeError, Steps, WorkerProcess
+from worker import Job, RecipeError, WorkerProcess
 
 BASELINE = "baseline"
 SPEED_QUANTITIES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms", "tpot_ms")
@@ -39,8 +40,8 @@ class Side:
             self.release()
             self.worker = WorkerProcess(self.job)
             self.loaded = self.worker.load()
-            if command == "block":
-                self.worker.call("block")  # warm-up of the same shape, discarded
+            if command in ("block", "point"):
+                self.worker.call(command, **arguments)  # warm-up of the same shape, discarded
         return self.loaded if command == "load" else self.worker.call(command, **arguments)
 
     def release(self) -> None:
@@ -62,6 +63,7 @@ class Measurement:
         self.baseline: dict = {}
         self.baseline_samples: list[dict] = []
         self.baseline_tokens: list[list[int]] = []
+        self.ended: dict[str, str] = {}  # name -> status of what was measured now, whatever an earlier run left
 
     def measure_all(self, recipes: dict[str, Steps], *, aa: bool) -> None:
         """The baseline, the noise floor where `aa`, then each recipe that is not finished already."""
@@ -77,7 +79,7 @@ class Measurement:
             self._guarded(self.baseline, self._measure_baseline)
             if self.baseline["status"] != "ok":
                 return
-            if aa and self.store.aa is None:
+            if aa:  # again when a run goes on: what is measured now is noisy as the machine is now
                 self._measure_noise_floor()
             for number, (name, steps) in enumerate(waiting.items(), 1):
                 console.print(f"[{number}/{len(waiting)}] {self.titles.get(name, name)}", style="bold", markup=False)
@@ -90,11 +92,7 @@ class Measurement:
             self.baseline_side.release()
 
     def _job(self, steps: Steps) -> Job:
-        args = self.args
-        return Job(
-            source=args.source, steps=steps, device=str(args.torch_device), threads=args.threads, workload=args.workload,
-            scratch_dir=str(self.scratch), input_ids=self.inputs.input_ids, deadline=self.deadline if steps else None,
-        )  # fmt: skip
+        return Job.of(self.args, steps, self.inputs.input_ids, self.scratch, deadline=self.deadline)
 
     def _record(self, name: str, steps: Steps) -> dict:
         args = self.args
@@ -120,6 +118,7 @@ class Measurement:
         except ValueError as error:
             record["status"], record["reason"] = "failed", str(error)
         finally:
+            self.ended[record["name"]] = record["status"]
             self.store.save(record)
         self._report_line(record)
 
@@ -182,6 +181,8 @@ class Measurement:
 
     def _make_room(self, record: dict, side: Side) -> None:
         """Where memory cannot hold both models, each is loaded in its turn: slow, but still interleaved."""
+        self.baseline_side.rival = None
+        self.baseline_side.call("load")  # turns may have ended without it: what is free beside it counts
         needed_mb = HEADROOM * self.baseline["load_peak_memory_mb"]
         free_mb = available_memory_mb(self.args.torch_device)
         if free_mb < needed_mb:

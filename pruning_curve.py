@@ -24,8 +24,9 @@ import models
 import records
 from measurement import BASELINE, console
 from search import count_weights
-from store import is_valid, read_json, validate
-from worker import Job, RecipeError, Steps, WorkerProcess
+from stacks import Steps
+from store import is_valid, lock, read_json, set_aside, validate
+from worker import Job, RecipeError, WorkerProcess
 
 RESULTS = "equal_bytes_results.json"
 SHARES = (0.02, 0.045, 0.09)  # of the weights that a token streams; a quarter of TinyLlama's heads is 4.5 %
@@ -48,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--model {args.source.name}: random weights have no quality to lose; choose a real model")
         tokenizer = models.load_tokenizer(args.source)
         prepared = inputs.prepare(tokenizer, args, vocab_size=args.config.vocab_size)
+        models.fetch_weights(args.source)
+        held = lock(Path(args.results_dir))
     except ValueError as error:
         cli.fail(parser, error)
     curve = Curve(args, prepared)
@@ -61,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     for record in curve.records.values():
         print(point_line(record, curve.records.get(BASELINE)))
     charts.draw_all_own(args.results_dir)
+    held.release()
     statuses = {record["status"] for record in curve.records.values()}
     return code or (1 if statuses & {"failed", "oom"} else 0)
 
@@ -107,6 +111,8 @@ class Curve:
         self.head = {"schema_version": 1, "environment": environment, "workload": workload, "identity": identity}
         earlier = read_json(self.file) or {}
         same = args.resume and earlier.get("identity") == identity
+        if earlier and not same and (moved_to := set_aside(self.file.parent, [self.file])):
+            console.print(f"NOTE  earlier points (measured differently) were moved to {moved_to}", markup=False)
         kept = [record for record in earlier.get("results", []) if same and is_valid(record) and record["status"] == "ok"]
         self.records = {record["name"]: record for record in kept}
 
@@ -126,16 +132,13 @@ class Curve:
                 return
 
     def _measure_point(self, name: str, title: str, steps: Steps, scratch: Path) -> dict:
-        args, work, reference = self.args, self.args.workload, str(scratch / "reference.safetensors")
+        args, reference = self.args, str(scratch / "reference.safetensors")
         record = records.new_record(
             name=name, title=title, status="ok", model=args.source.name, device=str(args.torch_device), random_weights=False,
             repro=experiment.repro(name), quality_protocol=self.prepared.quality_protocol,
             steps=[{"technique": technique, "options": records.resolved(technique, options)} for technique, options in steps],
         )  # fmt: skip
-        job = Job(
-            source=args.source, steps=steps, device=str(args.torch_device), threads=args.threads, workload=work,
-            scratch_dir=str(scratch), input_ids=self.prepared.input_ids,
-        )  # fmt: skip
+        job = Job.of(args, steps, self.prepared.input_ids, scratch)
         try:
             experiment.check_steps(steps, args.config)
             with WorkerProcess(job) as worker:
@@ -151,7 +154,7 @@ class Curve:
                     quality = worker.call("score_baseline", windows=self.prepared.windows, reference_file=reference)
         except (RecipeError, ValueError) as error:
             return record | {"status": getattr(error, "status", "unsupported"), "reason": str(error)}
-        record["bytes_per_token"] = streamed_bytes + record["kv_cache_mb"] * 1e6 * work.mean_fill
+        record["bytes_per_token"] = streamed_bytes + record["kv_cache_mb"] * 1e6 * args.workload.mean_fill
         return record | {key: quality[key] for key in records.QUALITY_KEYS}
 
 

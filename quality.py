@@ -46,7 +46,7 @@ class Reference:
 
     def save(self, path: Path) -> None:
         tensors = {name: getattr(self, name) for name in ("windows", "nll", "top_ids", "top_log_probs")}
-        save_file(tensors, path, metadata={"chunk": str(self.chunk)})
+        save_file(tensors, path)
 
     @classmethod
     def load(cls, path: Path, *, chunk: int) -> Reference:
@@ -62,18 +62,16 @@ def cut_windows(token_ids: list[int], *, windows: int, window: int) -> torch.Ten
     return torch.tensor(token_ids[: count * window]).view(count, window)
 
 
-def score_baseline(model, windows: torch.Tensor, *, chunk: int, progress=None) -> Reference:
-    """One pass of the untouched model over `windows`; `progress(done, total)` is called after each window."""
+def score_baseline(model, windows: torch.Tensor, *, chunk: int) -> Reference:
+    """One pass of the untouched model over `windows`."""
     nll, top_ids, top_log_probs = [], [], []
-    for index, window in enumerate(windows):
+    for window in windows:
         for log_probs, targets in _log_probs(model, window, chunk):
             nll.append(-log_probs.gather(1, targets[:, None])[:, 0].cpu())
             kept, id_dtype = _top_tokens(log_probs.shape[1])
             top = log_probs.topk(kept, dim=1)
             top_ids.append(top.indices.cpu().to(id_dtype))
             top_log_probs.append(top.values.cpu())
-        if progress:
-            progress(index + 1, len(windows))
     count, length = windows.shape
     return Reference(
         windows=windows,
@@ -84,7 +82,7 @@ def score_baseline(model, windows: torch.Tensor, *, chunk: int, progress=None) -
     )
 
 
-def score_variant(model, reference: Reference, *, progress=None) -> dict:
+def score_variant(model, reference: Reference) -> dict:
     """The quality fields of a record, against the baseline's `reference` on the same windows and chunks."""
     nll, divergence, agreement = [], [], []
     for index, window in enumerate(reference.windows):
@@ -97,8 +95,6 @@ def score_variant(model, reference: Reference, *, progress=None) -> dict:
             divergence.append(_kl_divergence(base, log_probs.gather(1, ids).cpu()))
             agreement.append((log_probs.argmax(1) == ids[:, 0]).cpu())
             position += len(targets)
-        if progress:
-            progress(index + 1, len(reference.windows))
     return _summary(torch.cat(nll).view_as(reference.nll), reference.nll, torch.cat(divergence), torch.cat(agreement))
 
 

@@ -61,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         names = recipe_names(args)
         own = {stacks.file_name(text): stacks.parse_stack(text) for text in args.stack}
+        if own and args.recipes is None and args.dtype != "auto":
+            raise ValueError(f"--dtype {args.dtype}: write it into the stack, --stack mixed_precision:dtype={args.dtype}")
         limits = find.check(args)
     except ValueError as error:
         cli.fail(parser, error)

@@ -26,7 +26,7 @@ def stored_weights(location: str, *, revision: str | None, tied: bool) -> Stored
     floating point (a file that was quantised).
     """
     weights: StoredWeights = {}
-    for path in _files(location, revision):
+    for path in files(location, revision):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 (the handle is no dict)
                 if name.endswith(RECOMPUTED) or (tied and name == "lm_head.weight"):
@@ -46,7 +46,8 @@ def generation_config(location: str, *, revision: str | None) -> GenerationConfi
         return None
 
 
-def _files(location: str, revision: str | None) -> list[str]:
+def files(location: str, revision: str | None) -> list[str]:
+    """Paths of the weights of a folder or Hub repository, downloaded if need be. Raises OSError where there are none."""
     for name in NAMES:
         path = cached_file(location, name, revision=revision, _raise_exceptions_for_missing_entries=False)
         if path is not None:

@@ -20,6 +20,7 @@ Steps = list[tuple[str, dict]]
 # What may follow what: prune -> precision or quantised weights -> KV cache -> the lean pass -> drafts checked by it.
 ORDER = ("head_pruning", "mlp_pruning", "layer_pruning", "smoothing", "mixed_precision", "quantization", "int4",
          "kv_cache_quant", "lean_decode", "prompt_lookup")  # fmt: skip
+ONE_OF = ("mixed_precision", "quantization", "int4")  # each wants the matrices as they came
 LONGEST_NAME = 120  # characters; a file is named after a stack
 
 
@@ -35,6 +36,11 @@ def parse_stack(text: str) -> Steps:
     places = [ORDER.index(technique) for technique, _ in steps if technique in ORDER]
     if places != sorted(set(places)):
         raise ValueError(f"--stack {text!r}: each technique once, in the order {', '.join(ORDER)}")
+    options = dict(steps)
+    if len(options.keys() & set(ONE_OF)) > 1:
+        raise ValueError(f"--stack {text!r}: choose one of {', '.join(ONE_OF)}")
+    if "int4" in options and options.get("layer_pruning", {"what": "blocks"}).get("what", "attention") == "attention":
+        raise ValueError(f"--stack {text!r}: int4 wants all layers' attention; choose layer_pruning:what=blocks")
     return steps
 
 

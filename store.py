@@ -33,11 +33,7 @@ class ResultsFolder:
 
     def __init__(self, folder: Path, *, environment: dict, workload: dict, identity: dict, resume: bool = True):
         self.folder = folder
-        self._lock = filelock.FileLock(folder / ".lock")  # the kernel frees it even when its holder is killed
-        try:
-            self._lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise ValueError(f"--results-dir {folder}: another run is writing there; wait for it or choose another") from None
+        self._lock = lock(folder)
         for leftover in folder.glob(".scratch-*"):  # of a run that was killed: nobody else can hold the lock
             shutil.rmtree(leftover, ignore_errors=True)
         self.cache = folder / CACHE
@@ -52,7 +48,8 @@ class ResultsFolder:
             self.aa = earlier.get("aa")
         else:
             (self.cache / "reference.safetensors").unlink(missing_ok=True)
-            self._move_earlier()
+            if moved_to := set_aside(folder, [*folder.glob(RESULT_FILES), *folder.glob("*_results.csv")]):
+                self.notice = f"earlier results (measured differently, or unreadable) were moved to {moved_to}"
 
     def close(self) -> None:
         self._lock.release()
@@ -63,8 +60,17 @@ class ResultsFolder:
         return record is not None and record["status"] in ("ok", "unsupported") and record["steps"] == steps
 
     def save(self, record: dict) -> None:
-        """Keep `record`: its own file first, then those that gather all. Raises OSError when the disk is full."""
+        """Keep `record`: its own file first, then those that gather all. Raises OSError when the disk is full.
+
+        What is finished stays: a repetition that came to nothing does not replace it, other options move it to `previous/`.
+        """
         validate(record)
+        earlier = self.records.get(record["name"])
+        if earlier is not None and earlier["status"] == "ok":
+            if earlier["steps"] != record["steps"]:
+                set_aside(self.folder, [self.folder / f"{record['name']}_results.json"])
+            elif record["status"] != "ok":
+                return
         self.records[record["name"]] = record
         save_json(self.folder / f"{record['name']}_results.json", record)
         save_json(self.folder / CONSOLIDATED, self.consolidated())
@@ -74,14 +80,27 @@ class ResultsFolder:
         head = {"schema_version": SCHEMA_VERSION, **self._head, "targets": TARGETS, "aa": self.aa}
         return head | {"results": list(self.records.values())}
 
-    def _move_earlier(self) -> None:
-        earlier = [*self.folder.glob(RESULT_FILES), *self.folder.glob("*_results.csv")]
-        if earlier:
-            destination = self.folder / "previous" / time.strftime("%Y%m%d-%H%M%S")
-            destination.mkdir(parents=True, exist_ok=True)
-            for path in earlier:
-                shutil.move(path, destination / path.name)
-            self.notice = f"earlier results (measured differently, or unreadable) were moved to {destination}"
+
+def lock(folder: Path) -> filelock.FileLock:
+    """Held until released or its holder ends, even killed. Raises ValueError if another run holds the folder."""
+    held = filelock.FileLock(folder / ".lock")
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise ValueError(f"--results-dir {folder}: another run is writing there; wait for it or choose another") from None
+    return held
+
+
+def set_aside(folder: Path, files: list[Path]) -> Path | None:
+    """Move those of `files` that exist to `previous/<time>/` in the results folder; returns where to, None without any."""
+    files = [path for path in files if path.exists()]
+    if not files:
+        return None
+    destination = folder / "previous" / time.strftime("%Y%m%d-%H%M%S")
+    destination.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        shutil.move(path, destination / path.name)
+    return destination
 
 
 def read_json(path: Path) -> dict | None:
@@ -109,7 +128,7 @@ def is_valid(record: dict) -> bool:
 def as_csv(records) -> str:
     """One row a recipe, the scalar keys of the record as columns; intervals as two numbers joined by a space."""
     columns = [key for key in RECORD_KEYS if key not in ("samples", "steps", "evidence", "memory_phases", "quality_protocol",
-               "continuations", "targets_met", "notes", "axes", "speculation")]  # fmt: skip
+               "continuations", "targets_met", "retention_verdicts", "notes", "axes", "speculation")]  # fmt: skip
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(columns)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import shutil
 import signal
 import sys
@@ -34,9 +35,11 @@ from kernels.build import load_kernels
 from kernels.calibration_cache import CalibrationCache
 from memory import PeakMemory, resident_mb
 from records import file_size_mb, technique_module
+from stacks import Steps
 from streaming import takes_unread
 
-Steps = list[tuple[str, dict]]
+# What torch says in a plain RuntimeError: on a CPU, on MPS, and on CUDA outside its allocator.
+NO_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,12 @@ class Job:
     scratch_dir: str
     input_ids: torch.Tensor = field(repr=False, default=None)
     deadline: float | None = None  # by time.time(): what is not answered by then is given up
+
+    @classmethod
+    def of(cls, args, steps: Steps, input_ids: torch.Tensor, scratch: Path, *, deadline: float | None = None) -> Job:
+        """With the model, machine and workload of `args` (cli.parse). The baseline has no deadline: all is compared with it."""
+        return cls(args.source, steps, str(args.torch_device), args.threads, args.workload, str(scratch), input_ids,
+                   deadline if steps else None)  # fmt: skip
 
 
 class RecipeError(Exception):
@@ -177,7 +186,7 @@ def _classify(error: Exception) -> tuple[str, str]:
     reason = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, Unsupported):
         return "unsupported", reason
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in reason:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or NO_MEMORY.search(reason):
         return "oom", reason
     if isinstance(error, ValueError):
         return "failed", reason

@@ -139,7 +139,7 @@ def check(
         raise ValueError(f"--group-size {group_size}: choose from {', '.join(map(str, GROUP_SIZES))}")
     if rounding not in ("gptq", "nearest"):
         raise ValueError(f"--rounding {rounding}: choose gptq or nearest")
-    if int8_layers == "auto" and max_bits < 4 + 32 / group_size:
+    if int8_layers == "auto" and not max_bits >= 4 + 32 / group_size:  # nan is no number of bits either
         raise ValueError(f"--max-bits {max_bits:g}: int4 in groups of {group_size} takes {4 + 32 / group_size:g} or more")
     if not 0 < damping < 1:
         raise ValueError(f"--damping {damping:g}: choose a number between 0 and 1, e.g. 0.01")

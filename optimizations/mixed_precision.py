@@ -40,6 +40,7 @@ def apply(model, *, dtype: str = "auto", untie: bool = False):
 
     Raises Unsupported for fp16 on a CPU that has no arithmetic for it, ValueError if no nn.Linear is left to convert.
     """
+    check(model.config, dtype=dtype, untie=untie)
     half, native, reason = _choose(model.device, dtype)
     if not any(type(module) is nn.Linear for module in model.modules()):
         raise ValueError("no nn.Linear left to convert: run mixed_precision before quantization")
@@ -57,9 +58,13 @@ def apply(model, *, dtype: str = "auto", untie: bool = False):
     return model
 
 
-def _choose(device: torch.device, dtype: str) -> tuple[torch.dtype, bool, str]:
+def check(config, *, dtype: str = "auto", untie: bool = False) -> None:
+    """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"--dtype {dtype}: choose auto, fp16 or bf16")
+
+
+def _choose(device: torch.device, dtype: str) -> tuple[torch.dtype, bool, str]:
     half = DTYPES["bf16" if device.type == "cpu" else "fp16"] if dtype == "auto" else DTYPES[dtype]
     native, reason = has_half_arithmetic(device, half)
     if half == torch.float16 and not native:

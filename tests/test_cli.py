@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_tiny
+from pipeline_model import save_tiny_model
 
 import cli
 import experiment
@@ -225,6 +226,52 @@ def test_files_of_the_user(refused, tmp_path, flag, content):
 @pytest.mark.parametrize("flag", ["--prompts-file", "--text-file"])
 def test_a_folder_in_place_of_a_file(refused, tmp_path, flag):
     assert flag in refused([flag, tmp_path])
+
+
+def test_a_folder_without_safetensors(refused, tmp_path):
+    """Said before anything is measured, and earlier results are not moved for it."""
+    model = save_tiny_model(tmp_path / "model")
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    for module in ("baseline", "pruning_curve", "layer_costs"):
+        assert "only safetensors are read" in refused(["--model", model, "--quick"], module=module)
+
+
+def test_a_prompt_longer_than_the_models_positions(refused, tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("short\n" + "word " * 200)
+    sentence = refused(["--model", model, "--quick", "--prompts-file", tmp_path / "prompts.txt"])
+    assert "--prompts-file: the longest prompt" in sentence and "positions" in sentence
+
+
+@pytest.mark.parametrize("stack", [
+    "quantization + int4", "mixed_precision + quantization", "layer_pruning + int4", "layer_pruning:what=attention + int4",
+    "mixed_precision:dtype=fp8", "int4:max_bits=nan",
+])  # fmt: skip
+def test_stacks_that_cannot_be(refused, stack):
+    sentence = refused(["--stack", stack], module="run_optimization")
+    assert any(flag in sentence for flag in ("--stack", "--dtype", "--max-bits"))
+
+
+def test_half_precision_of_a_stack_stands_in_the_stack(refused):
+    sentence = refused(["--stack", "mixed_precision", "--dtype", "bf16"], module="run_optimization")
+    assert "--dtype bf16" in sentence and "mixed_precision:dtype=bf16" in sentence
+
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--recipes", "all", "-m", "x"], ["-m", "x"]), (["-m", "x", "--recipes=a,b"], ["-m", "x"]), (["--rec", "a"], []),
+    (["-r", "3", "--resume"], ["-r", "3", "--resume"]),
+])  # fmt: skip
+def test_flags_are_left_out_with_their_values(flags, expected):
+    assert cli.without_flags(flags, "--recipes") == expected
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ([], "--recipes int8"), (["--recipes", "all"], "--recipes int8"),
+    (["--stack", "int4", "--recipes", "int8"], "--stack int4 --recipes int8"),
+])  # fmt: skip
+def test_a_record_names_the_command_of_its_recipe(monkeypatch, flags, expected):
+    monkeypatch.setattr("sys.argv", ["/somewhere/run_optimization.py", *flags])
+    assert experiment.repro("int8") == f"python run_optimization.py {expected}"
 
 
 @pytest.mark.parametrize("ratio", ["0", "1", "-1", "abc", "1.0", "nan", "0.0"])

@@ -153,6 +153,8 @@ def test_the_command_repeats_the_run_without_the_search(monkeypatch):
     assert find.command([("int4", {"max_bits": 6.0}), ("lean_decode", {})]) == (
         "python run_optimization.py -m smollm2-135m --quick --stack 'int4:max_bits=6.0 + lean_decode'"
     )
+    monkeypatch.setattr(sys, "argv", ["run_optimization.py", "--find", "--dtype", "bf16", "-m", "smollm2-135m"])
+    assert find.command([]) == "python baseline.py -m smollm2-135m"
 
 
 def test_a_whole_search_on_a_tiny_model(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import logits_of
+from pipeline_model import save_tiny_model
 from transformers import LlamaConfig
 
 import gguf_model
@@ -471,3 +472,13 @@ def test_embedded_model_copied_elsewhere_is_the_same(tmp_path, embedded_source):
     source = find_model(str(copied))
     assert (source.name, source.kind) == ("my-model", "gguf")
     assert load_config(source).hidden_size == 576
+
+
+def test_models_of_one_name_are_told_apart(tmp_path):
+    """Two folders called alike, and one whose weights were written anew."""
+    one, two = (find_model(str(save_tiny_model(tmp_path / place / "final"))) for place in ("run1", "run2"))
+    assert one.name == two.name and models.fingerprint(one) == models.fingerprint(one) != models.fingerprint(two)
+    before = models.fingerprint(two)
+    weights = tmp_path / "run2" / "final" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes())
+    assert models.fingerprint(two) != before

@@ -381,9 +381,25 @@ def test_axis_charts_name_the_crossover(results, tmp_path):
     stack = cache | {"title": "Both", "steps": [quantized, *cache["steps"]]}
     rival = cache | {"title": "Int8 alone", "steps": [quantized], "decode_tokens_per_s": 0.5}
     rival["axes"] = [entry | {"decode_tokens_per_s": entry["decode_tokens_per_s"] + 1.0} for entry in cache["axes"]]
-    assert "Both: at least as fast as Int8 alone from a depth of 0 on" in said(axis_charts.depth_speed(results, [stack, rival]))
+    said_of = said(axis_charts.depth_speed(results, [stack, rival]))
+    assert "Both: no crossover up to a depth of 512: slower than Int8 alone there" in said_of, "faster at depth 0 only"
+    rival |= {"decode_tokens_per_s": 1.5, "axes": [entry | {"decode_tokens_per_s": 18.2} for entry in cache["axes"]]}
+    assert "Both: at least as fast as Int8 alone from a depth of 256 on" in said(
+        axis_charts.depth_speed(results, [stack, rival])
+    )
     drawn = [text.get_text() for text in axis_charts.cache_memory(results, [cache, stack]).axes[0].get_legend().get_texts()]
     assert len(drawn) == 2, "equal caches share a line"
+
+
+def test_a_recipe_with_the_baselines_cache_is_not_called_unmeasured(results):
+    cache, other = [r for r in results["results"] if r["status"] == "ok" and r["name"] != "baseline"][:2]
+    point = {"depth": 512, "batch_size": 1, "baseline_decode_tokens_per_s": 20.0, "decode_tokens_per_s": 19.0}
+    cache["steps"] = [{"technique": "kv_cache_quant", "options": {}}]
+    cache["axes"] = [point | {"baseline_kv_cache_mb": 40.0, "kv_cache_mb": 11.0}]
+    other["axes"] = [point | {"baseline_kv_cache_mb": 40.0, "kv_cache_mb": 40.0}]
+    text = said(axis_charts.cache_memory(results, [cache, other]))
+    name = readings.label(other)
+    assert f"The same cache as the baseline: {name}" in text and name not in text.partition("Not measured")[2]
 
 
 def said(figure):

@@ -49,6 +49,27 @@ def test_finished_recipes_are_found_again(tmp_path):
     assert not again.finished("other", STEPS)
 
 
+def test_a_repetition_that_came_to_nothing_replaces_nothing(tmp_path):
+    """Ctrl-C or lack of memory while a finished recipe is measured once more."""
+    store = opened(tmp_path)
+    store.save(a_record(perplexity=9.5))
+    store.save(a_record(status="interrupted", reason="the run ended here"))
+    assert json.loads((tmp_path / "head_pruning_results.json").read_text())["perplexity"] == 9.5
+    assert opened(tmp_path).finished("head_pruning", STEPS)
+    store.save(a_record(perplexity=9.4))
+    assert json.loads((tmp_path / "head_pruning_results.json").read_text())["perplexity"] == 9.4
+
+
+def test_the_same_recipe_with_other_options_moves_the_finished_one(tmp_path):
+    store = opened(tmp_path)
+    store.save(a_record(perplexity=9.5))
+    store.save(a_record(steps=[{"technique": "head_pruning", "options": {"prune_ratio": 0.1}}]))
+    (moved,) = (tmp_path / "previous").glob("*/head_pruning_results.json")
+    assert json.loads(moved.read_text())["perplexity"] == 9.5
+    (now,) = json.loads((tmp_path / "consolidated_results.json").read_text())["results"]
+    assert now["steps"][0]["options"] == {"prune_ratio": 0.1}
+
+
 def test_failed_recipes_are_measured_again(tmp_path):
     opened(tmp_path).save(a_record(status="failed", reason="a reason"))
     assert not opened(tmp_path).finished("head_pruning", STEPS)

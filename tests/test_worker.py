@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -12,6 +13,7 @@ from pipeline_model import save_tiny_model
 
 import measurement
 import models
+import worker
 from benchmark import Workload
 from worker import Job, RecipeError, WorkerProcess
 
@@ -69,6 +71,33 @@ def test_a_killed_worker_is_named_and_can_be_started_again(source, tmp_path):
     assert caught.value.status == "oom"
     assert side.call("block")["decode_tokens_per_s"] > 0
     side.release()
+
+
+@pytest.mark.parametrize("error, status", [
+    (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), "oom"),
+    (RuntimeError("CUDA error: out of memory"), "oom"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "oom"),
+    (RuntimeError("shapes do not match"), "failed"),
+])  # fmt: skip
+def test_lack_of_memory_is_known_by_what_torch_says(error, status):
+    assert worker._classify(error)[0] == status
+
+
+def test_the_baseline_is_loaded_when_free_memory_is_read(monkeypatch):
+    """A recipe that took turns may have ended without it: what is free then would hold one model, not two."""
+    calls = []
+
+    class Recorded(measurement.Side):
+        def call(self, command, **arguments):
+            calls.append((command, self.rival))
+
+    baseline, side = Recorded(None), Recorded(None)
+    baseline.rival = side
+    args = SimpleNamespace(torch_device="cpu")
+    run = SimpleNamespace(baseline_side=baseline, baseline={"load_peak_memory_mb": 4400.0}, args=args)
+    monkeypatch.setattr(measurement, "available_memory_mb", lambda device: 1000.0 if calls else 6500.0)
+    measurement.Measurement._make_room(run, record := {}, side)
+    assert calls == [("load", None)] and side.rival is baseline and "loaded in turns" in record["notes"][0]
 
 
 def test_two_models_that_do_not_fit_are_loaded_in_turns(source, tmp_path):
