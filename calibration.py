@@ -32,10 +32,11 @@ def calibration_ids(model, *, tokens: int, generated_share: float = 0.0, mixed: 
     only a few takes these. Raises ValueError where no text has one window.
     """
     count = max(1, tokens // WINDOW)
-    if model.source.random_weights:
+    source = _source(model)
+    if source.random_weights:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(model.config.vocab_size, (count, WINDOW), generator=generator).to(model.device)
-    tokens_of_texts, start = _tokenised(texts.calibration_texts() if mixed else [texts.load_text("calibration")], model.source)
+    tokens_of_texts, start = _tokenised(texts.calibration_texts() if mixed else [texts.load_text("calibration")], source)
     found = [ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW).to(model.device) for ids in tokens_of_texts]
     if not sum(map(len, found)):
         raise ValueError(f"the calibration text has fewer tokens than one window of {WINDOW}")
@@ -50,6 +51,13 @@ def calibration_ids(model, *, tokens: int, generated_share: float = 0.0, mixed: 
     kinds = [windows[_scattered(len(windows))] for windows in chosen + own]
     places = torch.cat([(torch.arange(len(windows)) + 0.5) / len(windows) for windows in kinds])
     return torch.cat(kinds)[places.argsort(stable=True)]
+
+
+def _source(model) -> models.ModelSource:
+    source = getattr(model, "source", None)
+    if source is None:
+        raise ValueError("calibration needs the model's tokenizer: load the model with models.load_model")
+    return source
 
 
 def _scattered(count: int) -> list[int]:
@@ -96,7 +104,7 @@ def healing_windows(model) -> torch.Tensor:
 
 
 def _windows_of_refit(model, generated_share: float) -> torch.Tensor:
-    tokens = 2 * WINDOW if model.source.random_weights else refit_tokens(model.config)
+    tokens = 2 * WINDOW if _source(model).random_weights else refit_tokens(model.config)
     return calibration_ids(model, tokens=tokens, generated_share=generated_share, mixed=True)
 
 

@@ -82,6 +82,12 @@ def trim_heap() -> None:
             libc.malloc_trim(0)
 
 
+def require_float64(device: torch.device) -> None:
+    """Raises Unsupported where closed forms cannot be solved; what another device calibrated is found in the cache first."""
+    if device.type == "mps":
+        raise Unsupported("calibration needs float64, which MPS lacks: run the same once with --device cpu, its result is kept")
+
+
 def available_memory_mb(device: torch.device) -> float:
     """What a new model could use now, in MB; for MPS the machine's own memory, which it shares."""
     if device.type == "cuda":

@@ -15,6 +15,7 @@ import math
 import torch
 
 import calibration
+from devices import require_float64
 from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.divergence import Divergence, probe_windows
 from kernels.pruning_costs import RANKING_CODE, WRITERS, Ranking, moment_windows, refitted_without
@@ -43,6 +44,7 @@ def cached_allocation(model, windows: torch.Tensor, rankings: list[Ranking], tot
 @torch.no_grad()
 def _take_in_turn(model, windows, rankings, total: int, taken: list[int], cache, *, writers: str, group: int) -> None:
     """Raises the entries of `taken` until they are `total` together."""
+    require_float64(model.device)
     layers = [layer.get_submodule(writers) for layer in model.model.layers]
     dense = [layer.weight.data for layer in layers]
 

@@ -20,6 +20,7 @@ from kernels.int8 import kernels_run
 from kernels.step import attention_kernel
 
 NAME = "grouped_heads"
+WIDEST_HEAD = 256  # what the kernels have room for (attention.cpp)
 
 
 def grouped_heads_attention(
@@ -55,7 +56,7 @@ def grouped_heads_attention(
 def kernels_serve(query, key, value, mask: torch.Tensor | None, dropout: float) -> bool:
     """Whether the kernels can take this call: float32 on a CPU, no padding, and nothing that is to be learnt from it."""
     exact = all(states.dtype == torch.float32 for states in (query, key, value)) and mask is None and dropout == 0
-    return exact and not torch.is_grad_enabled() and kernels_run(query)
+    return exact and not torch.is_grad_enabled() and kernels_run(query) and query.shape[-1] <= WIDEST_HEAD
 
 
 AttentionInterface.register(NAME, grouped_heads_attention)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from devices import has_half_arithmetic
+from devices import has_half_arithmetic, require_float64
 from kernels.gptq import Form, damp, gptq_refined
 from kernels.int4 import dequantize_int4
 from kernels.int8 import dequantize_groups, quantize_groups
@@ -81,6 +81,7 @@ def round_blockwise(
         correction: 0 to 1, how much of what the rounded layers before it did wrong each layer makes good: its weights are
             first moved towards those that give the float model's outputs on the rounded model's inputs.
     """
+    require_float64(model.device)
     forms: dict[str, Form] = {}
     hidden, arguments = _inputs_of_blocks(model, ids)
     exact = hidden.clone() if correction else None

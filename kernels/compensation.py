@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.masking_utils import create_causal_mask
 
+from devices import require_float64
 from kernels.calibration_cache import CalibrationCache
 from kernels.refit import Regression, fit_ridge
 
@@ -45,6 +46,7 @@ def refit_in_order(
             for part in WRITERS:
                 _set_weight(layer, part, weights[part], columns.get(part))
         return
+    require_float64(model.device)
     dense = model.model.embed_tokens(windows)
     pruned = dense.clone()
     positions = torch.arange(windows.shape[1], device=windows.device)[None]

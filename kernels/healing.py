@@ -48,7 +48,7 @@ class Teacher:
     @torch.inference_mode()
     def __init__(self, model, windows: torch.Tensor):
         if len(windows) < 2:
-            raise ValueError("--heal-minutes: the calibration text fills one window; training needs two")
+            raise ValueError("the calibration text fills one window; training needs two")
         self.windows, self._answers = windows.clone(), []
         generator = torch.Generator().manual_seed(0)
         for done, window in enumerate(windows):

@@ -22,7 +22,7 @@ class Int8Linear(nn.Module):
     def __init__(self, source: nn.Linear, *, group_size: int | None, int8_activations: bool, per_tensor: bool = False):
         super().__init__()
         self.in_features, self.out_features = source.in_features, source.out_features
-        self.group_size = group_size or source.in_features
+        self.group_size = min(group_size or source.in_features, source.in_features)
         self.int8_activations = int8_activations
         one_scale = _scale_of_all(source.weight) if per_tensor else None
 

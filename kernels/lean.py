@@ -11,6 +11,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from devices import trim_heap
+from kernels.attention import WIDEST_HEAD
 from kernels.fusing import fuse
 from kernels.int8 import kernels_run
 from kernels.kv_cache import RoomyCache
@@ -51,6 +52,7 @@ class LeanForward:
             or torch.is_grad_enabled()
             or not isinstance(logits_to_keep, int)
             or any(options.get(name) for name in ("output_attentions", "output_hidden_states"))
+            or past_key_values.get_seq_length() + input_ids.shape[1] > len(self.cos)
             or not _unpadded(attention_mask, position_ids, past_key_values.get_seq_length(), input_ids.shape[1])
         ):
             return self.original(
@@ -114,7 +116,8 @@ class _Layer:
 def use_lean_forward(model) -> LeanForward:
     """Make `model(...)` and `model.generate(...)` take the lean pass where it serves; last of all techniques.
 
-    Raises ValueError for a model whose layers are not Llama's: another activation, or positions that depend on the length.
+    Raises ValueError for what it has no code for: another activation than Llama's, positions that depend on the length, heads
+    wider than the kernels take.
     """
     config = model.config
     if config.hidden_act != "silu":
@@ -122,6 +125,9 @@ def use_lean_forward(model) -> LeanForward:
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
         raise ValueError(f"the lean forward pass has fixed angles, this model's positions are '{rope}'")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim > WIDEST_HEAD:
+        raise ValueError(f"the lean forward pass has room for heads of {WIDEST_HEAD}, this model's are {head_dim} wide")
     model.forward = LeanForward(model)
     return model.forward
 

@@ -59,7 +59,7 @@ const char* ready_panel(Kind kind, const char* panel, const uint16_t* scale, con
   if (kind == Kind::kBFloat16 || (kind == Kind::kInt8 && tiles)) return panel;
   if (kind == Kind::kInt8) expand_unsigned(panel, lines, scratch);
   else if (kind == Kind::kInt4) expand_int4(panel, lines, scratch);
-  else expand_bf16(panel, lines, scale, w.group, scratch);
+  else expand_bf16(panel, lines, scale, w.group, w.groups(), scratch);
   return scratch;
 }
 

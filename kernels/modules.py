@@ -10,6 +10,12 @@ from torch import nn
 from devices import release_memory, trim_heap
 
 
+def check_not_lean(model) -> None:
+    """Raises ValueError after lean_decode, which holds products of its own: what is changed later would not reach them."""
+    if hasattr(model.forward, "original"):
+        raise ValueError("this model has the lean forward pass already: apply lean_decode last")
+
+
 def replace_linears(model, make: Callable[[str, nn.Linear], nn.Module]) -> int:
     """Put `make(name, linear)` where each plain nn.Linear stands; returns how many were replaced."""
     # Names, not modules: a list of modules would keep every replaced weight alive until the end.

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 
-from devices import fast_products
+from devices import fast_products, require_float64
 from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.compensation import WRITERS
 from kernels.divergence import Divergence, probe_windows
@@ -87,6 +87,7 @@ def rank(
 
     windows int64 [W, T] give the moments, probes int64 [P, T] the measured divergences; no weight is changed in the end.
     """
+    require_float64(model.device)
     stats = moments(model, windows, layers, progress=progress)
     local = [eliminate(layer.weight, *pair, group=group, at_once=at_once, steps=steps)
         for layer, pair in zip(layers, stats, strict=True)]  # fmt: skip

@@ -71,8 +71,14 @@ INLINE_BODY float exponentials(float* p, int64_t count, float largest) {
 template <class V, int... I>
 INLINE_BODY V interleaved(V a, V b, int from, std::integer_sequence<int, I...>) {
   constexpr int width = sizeof...(I);
+#if defined(__clang__)
   return from ? __builtin_shufflevector(a, b, (I % 2 * width + width / 2 + I / 2)...)
               : __builtin_shufflevector(a, b, (I % 2 * width + I / 2)...);
+#else  // GCC has the other since 12 only
+  using Places = decltype(a == b);
+  return from ? __builtin_shuffle(a, b, Places{(I % 2 * width + width / 2 + I / 2)...})
+              : __builtin_shuffle(a, b, Places{(I % 2 * width + I / 2)...});
+#endif
 }
 
 // As many rows as a vector is wide, in place: rows become columns. Each step turns the bits of an element's place, its row's

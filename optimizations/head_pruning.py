@@ -38,7 +38,7 @@ from kernels.allocation import cached_allocation
 from kernels.attention import use_grouped_heads
 from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.compensation import refit_in_order
-from kernels.modules import cut_linear
+from kernels.modules import check_not_lean, cut_linear
 
 METHODS = ("l2", "energy", "calibrated")
 EVENNESS_TOLERANCE = 0.05
@@ -50,6 +50,7 @@ def apply(model, *, prune_ratio: float = 0.25, mode: str = "structural", method:
 
     Raises ValueError if the ratio leaves no head or removes none, or if the projections are no longer nn.Linear.
     """
+    check_not_lean(model)
     check(model.config, prune_ratio=prune_ratio, mode=mode, method=method, heal_minutes=heal_minutes)
     if not all(hasattr(layer, "self_attn") for layer in model.model.layers):
         raise ValueError("some layers have no attention any more: run head_pruning before layer_pruning")

@@ -52,7 +52,7 @@ from kernels.gated_mlp import use_gated_mlps
 from kernels.int4 import GROUP_SIZES, nearest_change
 from kernels.int4_modules import Int4Linear, Int4Table
 from kernels.int8_modules import Int8Linear, Int8Table
-from kernels.modules import is_tied, replace_linears
+from kernels.modules import check_not_lean, is_tied, replace_linears
 from kernels.sensitivity import added_bits, choose_upgrades, costs_by_position, loss_increases
 from kernels.tuning import HELD_OUT_MOST, tune
 from streaming import read_weights, streams
@@ -75,6 +75,7 @@ def apply(
     (down_proj, lm_head) or one layer (layers.3.mlp.down_proj). A tied table has the precision of lm_head.
     Raises ValueError if a linear layer is no longer nn.Linear.
     """
+    check_not_lean(model)
     check(
         model.config, group_size=group_size, rounding=rounding, int8_layers=int8_layers, max_bits=max_bits,
         damping=damping, correction=correction, calibration_tokens=calibration_tokens, generated_share=generated_share,
@@ -86,10 +87,10 @@ def apply(
     expected = 1 + len(model.model.layers) * sum(len(stage) for stage in STAGES)
     if len(linears) != expected:
         raise ValueError("no nn.Linear left to quantize: apply int4 once, to a model in floating point")
-    notes, tied, real = [], is_tied(model), not model.source.random_weights
+    notes, tied, real = [], is_tied(model), _has_text(model)
     if not real and rounding == "gptq":
         rounding = "nearest"
-        notes.append("random weights have no text to calibrate on: rounded to nearest, int8 layers by position")
+        notes.append("no text to calibrate on (random weights, or no tokenizer): rounded to nearest, int8 layers by position")
     text = functools.partial(calibration.calibration_ids, model, generated_share=generated_share, mixed=True)
     upgraded = _int8_names(model, linears, int8_layers, text, max_bits=max_bits, group_size=group_size)
     layers = len(linears)
@@ -189,6 +190,12 @@ def _tuned_forms(
     return tuned, norms
 
 
+def _has_text(model) -> bool:
+    """Random weights have no words; a model that models.load_model did not make has no tokenizer to read any with."""
+    source = getattr(model, "source", None)
+    return source is not None and not source.random_weights
+
+
 def _int8_names(model, linears: dict, int8_layers: str, text, *, max_bits: float, group_size: int) -> list[str]:
     """Which layers get int8, the embedding among them where it is a table of its own."""
     tied = is_tied(model)
@@ -196,11 +203,11 @@ def _int8_names(model, linears: dict, int8_layers: str, text, *, max_bits: float
         return []
     if int8_layers != "auto":
         names = _named(int8_layers, _layer_names(model.config))
-        return [name for name in names if not (tied and name == TABLE)]
+        return list(dict.fromkeys("lm_head" if tied and name == TABLE else name for name in names))  # one table, one precision
     candidates = linears if tied else linears | {TABLE: model.get_input_embeddings()}
     shapes = {name: tuple(module.weight.shape) for name, module in candidates.items()}
     added, spent = added_bits(shapes, group_size)
-    if model.source.random_weights:
+    if not _has_text(model):
         costs = costs_by_position(added, len(model.model.layers))
     else:
         costs = _measured_costs(model, candidates, text(tokens=SENSITIVITY_TOKENS), group_size=group_size, tied=tied)

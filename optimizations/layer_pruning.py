@@ -24,6 +24,7 @@ import cli
 from inference import Inference
 from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.divergence import Divergence, probe_windows
+from kernels.modules import check_not_lean
 
 WHAT = ("attention", "blocks")
 
@@ -31,8 +32,9 @@ WHAT = ("attention", "blocks")
 def apply(model, *, what: str = "attention", count: int = 2):
     """Remove `count` attention sublayers or blocks, in place; the other layers' weights do not change.
 
-    Raises ValueError for options that leave no attention at all, and for a model with a KV cache of another kind set.
+    Raises ValueError for options that leave no attention at all.
     """
+    check_not_lean(model)
     layers = model.model.layers
     present = sum(hasattr(layer, "self_attn") for layer in layers)
     check(model.config, what=what, count=count)

@@ -28,7 +28,7 @@ from kernels.attention import use_grouped_heads
 from kernels.build import cpu_variant, load_kernels
 from kernels.gated_mlp import use_gated_mlps
 from kernels.half import CastAfter, HalfLinear, HalfTable
-from kernels.modules import is_tied, replace_linears
+from kernels.modules import check_not_lean, is_tied, replace_linears
 from streaming import read_weights, streams
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -40,6 +40,7 @@ def apply(model, *, dtype: str = "auto", untie: bool = False):
 
     Raises Unsupported for fp16 on a CPU that has no arithmetic for it, ValueError if no nn.Linear is left to convert.
     """
+    check_not_lean(model)
     check(model.config, dtype=dtype, untie=untie)
     half, native, reason = _choose(model.device, dtype)
     if not any(type(module) is nn.Linear for module in model.modules()):

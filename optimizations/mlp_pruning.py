@@ -30,7 +30,7 @@ from kernels import healing, pruning_costs
 from kernels.allocation import cached_allocation
 from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.compensation import refit_in_order
-from kernels.modules import cut_linear
+from kernels.modules import check_not_lean, cut_linear
 
 PANEL = 16  # channels that go together
 MOST = 0.75  # of a layer's width
@@ -41,6 +41,7 @@ def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0):
 
     Raises ValueError if the ratio removes nothing or too much, or if the projections are no longer nn.Linear.
     """
+    check_not_lean(model)
     check(model.config, prune_ratio=prune_ratio, heal_minutes=heal_minutes)
     if not all(hasattr(layer, "self_attn") for layer in model.model.layers):
         raise ValueError("some layers have no attention any more: run mlp_pruning before layer_pruning")

@@ -35,7 +35,7 @@ from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.gated_mlp import use_gated_mlps
 from kernels.int8_modules import ClassicLinear, Int8Linear, Int8Table, kernel_note
-from kernels.modules import is_tied, replace_linears
+from kernels.modules import check_not_lean, is_tied, replace_linears
 from kernels.smoothing import CALIBRATION_TOKENS, STRENGTH, smooth
 from streaming import read_weights, streams
 
@@ -56,12 +56,14 @@ def apply(
     for dynamic, where the model has words, else 0.
     Raises ValueError if no nn.Linear is left to quantise, Unsupported where the device cannot run the scheme.
     """
+    check_not_lean(model)
     check(
         model.config, scheme=scheme, granularity=granularity, group_size=group_size, embeddings=embeddings,
         fine_layers=fine_layers, float_activations=float_activations, smoothing=smoothing,
     )  # fmt: skip
     if scheme == "auto":
-        scheme = "grouped" if model.device.type == "cpu" else "weight-only"
+        grouped = "dynamic" if granularity == "tensor" else "grouped"
+        scheme = grouped if model.device.type == "cpu" else "weight-only"
     if not any(type(module) is nn.Linear for module in model.modules()):
         raise ValueError("no nn.Linear left to quantize: apply quantization once, to a model in floating point")
     if scheme == "classic":
@@ -104,6 +106,8 @@ def check(
         raise ValueError(f"--scheme {scheme}: choose from {', '.join(SCHEMES)}")
     if granularity not in ("channel", "tensor"):
         raise ValueError(f"--granularity {granularity}: choose channel or tensor")
+    if scheme == "grouped" and granularity == "tensor":
+        raise ValueError("--granularity tensor: one scale has no groups; choose --scheme dynamic or weight-only")
     if embeddings not in ("int8", "float"):
         raise ValueError(f"--embeddings {embeddings}: choose int8 or float")
     for flag, value in (("--fine-layers", fine_layers), ("--float-activations", float_activations)):

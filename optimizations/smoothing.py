@@ -23,6 +23,7 @@ from torch import nn
 import calibration
 import cli
 from inference import Inference
+from kernels.modules import check_not_lean
 from kernels.smoothing import CALIBRATION_TOKENS, STRENGTH, smooth
 
 
@@ -32,6 +33,7 @@ def apply(model, *, strength: float = STRENGTH, calibration_tokens: int = CALIBR
     `strength` 0 to 1 is the share of an outlier that moves. With random weights the factors come from random ids.
     Raises ValueError for a model whose linear layers are no longer nn.Linear, and for strength 0, which changes nothing.
     """
+    check_not_lean(model)
     check(model.config, strength=strength, calibration_tokens=calibration_tokens)
     linears = [module for name, module in model.named_modules() if name.endswith(("_proj", "lm_head"))]
     if any(type(linear) is not nn.Linear for linear in linears):

@@ -93,3 +93,10 @@ def test_learning_goes_through_pytorch():
     loss = model(torch.arange(40)[None]).logits.square().mean()
     loss.backward()
     assert model.model.layers[0].self_attn.q_proj.weight.grad.abs().max() > 0
+
+
+def test_wider_heads_than_the_kernels_have_room_for(ids):
+    model = make_tiny(head_dim=272)
+    expected = logits_of(model, ids)
+    attention.use_grouped_heads(model)
+    assert (logits_of(model, ids) - expected).abs().max() < 1e-4

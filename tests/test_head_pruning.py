@@ -385,32 +385,13 @@ def test_check_knows_the_real_models():
 
 
 @pytest.mark.parametrize("second", ["structural", "mask"])
-def test_pruning_twice_is_right_or_refused(tiny, ids, second):
-    """After an uneven first pruning heads no longer fall into equal groups. A second one must either be refused or know
-    it; it must not read wrong KV heads in silence."""
+def test_a_second_pruning_is_refused(tiny, second):
+    """After an uneven first one heads no longer fall into equal groups: it must not read wrong KV heads in silence."""
     model = tiny("three_a_group")
     make_small(model, [4])
     once = apply(model, prune_ratio=0.15)
-    before = [attention.kv_of_head.tolist() for attention in attentions(once)]
-    kept = [heads_to_keep_by_norm(attention, 6) for attention in attentions(once)]
-    expected = copy.deepcopy(once)
-    for attention, keep in zip(attentions(expected), kept, strict=True):
-        gone = [head for head in range(8) if head not in keep]
-        attention.o_proj.weight.data.view(144, 8, 16)[:, gone] = 0
-    try:
-        twice = apply(once, prune_ratio=0.25, mode=second)
-    except ValueError as error:
-        assert "prun" in str(error)
-        return
-    if second == "structural":
-        assert [attention.kv_of_head.tolist() for attention in attentions(twice)] == [
-            [old[head] for head in keep] for old, keep in zip(before, kept, strict=True)
-        ]
-    assert_close(logits_of(twice, ids), logits_of(expected, ids))
-
-
-def heads_to_keep_by_norm(attention, count):
-    return sorted(head_importance(attention).argsort(descending=True)[:count].tolist())
+    with pytest.raises(ValueError, match="apply head_pruning once"):
+        apply(once, prune_ratio=0.25, mode=second)
 
 
 def test_default_cache_is_transformers_own(tiny):

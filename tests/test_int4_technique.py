@@ -218,6 +218,17 @@ def test_works_after_smoothing_and_pruning(ids):
     assert closeness(logits_of(model, ids), expected) > 0.75
 
 
+def test_a_tied_tables_precision_is_lm_heads():
+    tied, named = (int4.apply(tiny(tied=True), rounding="nearest", int8_layers=name) for name in ("embed_tokens", "lm_head"))
+    assert isinstance(tied.lm_head, Int8Linear) and tied.effective_bits == named.effective_bits
+
+
+def test_a_model_of_ones_own_is_rounded_to_nearest():
+    """What models.load_model did not make says nothing of a tokenizer, so there is no text to calibrate on."""
+    model = int4.apply(make_tiny(), int8_layers="none")
+    assert "no text to calibrate on" in " ".join(model.notes)
+
+
 BAD = [
     {"group_size": 48}, {"rounding": "up"}, {"int8_layers": "mlp2"}, {"int8_layers": ","}, {"max_bits": 4.4}, {"damping": 0},
     {"correction": 2}, {"calibration_tokens": 1}, {"tune_steps": -1}, {"int8_layers": "layers.3.mlp.down_proj"},

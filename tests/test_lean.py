@@ -16,7 +16,16 @@ from kernels.build import cpu_variant, load_kernels
 from kernels.int8_modules import Int8Linear
 from kernels.kv_cache import RoomyCache
 from kernels.lean import LeanForward
-from optimizations import head_pruning, int4, kv_cache_quant, layer_pruning, mixed_precision, mlp_pruning, quantization
+from optimizations import (
+    head_pruning,
+    int4,
+    kv_cache_quant,
+    layer_pruning,
+    mixed_precision,
+    mlp_pruning,
+    quantization,
+    smoothing,
+)
 from optimizations.lean_decode import apply
 
 RECIPES = {
@@ -61,6 +70,41 @@ def test_equals_transformers_own_pass(shape, tied, ids, path):
     lean = apply(model, kv_dtype="float32")
     assert isinstance(lean.forward, LeanForward) and "6 fused products" in lean.notes[-1]
     assert (walk(lean, ids, new_cache(lean)) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("config", [
+    {"attention_bias": True, "mlp_bias": True},
+    {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+    {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                         "original_max_position_embeddings": 32, "rope_theta": 10000.0}},
+])  # fmt: skip
+def test_equals_other_llamas(config, ids, path):
+    """Biases, which join no products, and other angles."""
+    model = make_tiny(**config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.normal_(generator=torch.Generator().manual_seed(1))
+    expected = walk(model, ids, DynamicCache(config=model.config))
+    lean = apply(model, kv_dtype="float32")
+    assert (walk(lean, ids, new_cache(lean)) - expected).abs().max() < 1e-4
+
+
+def test_beyond_the_positions_it_is_transformers_own(ids, path):
+    """A chunk that ends behind the last angle that was prepared."""
+    model = make_tiny(max_position_embeddings=16)
+    expected = walk(model, ids, DynamicCache(config=model.config))
+    lean = apply(model, kv_dtype="float32")
+    assert (walk(lean, ids, new_cache(lean)) - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "technique", [head_pruning, mlp_pruning, layer_pruning, smoothing, mixed_precision, quantization, int4]
+)
+def test_nothing_is_applied_behind_its_back(technique):
+    """It holds joined products of its own: what is changed afterwards would not reach them."""
+    model = apply(with_source(make_tiny(intermediate_size=256)))
+    with pytest.raises(ValueError, match="apply lean_decode last"):
+        technique.apply(model)
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))
@@ -156,7 +200,7 @@ def test_padding_and_foreign_caches_go_to_the_original(ids):
         lean(input_ids=ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config)).logits, expected
     )
     padded = lean(input_ids=ids, attention_mask=mask, past_key_values=RoomyCache()).logits
-    assert (padded - expected)[1].abs().max() < 0.2
+    assert (padded - expected)[0, 5:].abs().max() < 0.2 and (padded - expected)[1].abs().max() < 0.2
 
 
 def test_drafts_are_checked_as_single_tokens_would_be(ids, path):
@@ -180,6 +224,10 @@ def test_refusals():
         apply(apply(make_tiny()))
     with pytest.raises(ValueError, match="gelu"):
         apply(make_tiny(hidden_act="gelu"))
+    with pytest.raises(ValueError, match="dynamic"):
+        apply(make_tiny(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}))
+    with pytest.raises(ValueError, match="heads of 256, this model's are 272"):
+        apply(make_tiny(head_dim=272))
 
 
 # Operators

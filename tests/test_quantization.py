@@ -112,6 +112,20 @@ def test_bad_options_name_the_flag(options):
         apply(make_tiny(), **options)
 
 
+def test_one_scale_for_a_whole_tensor(ids):
+    """The original's formula, by its flag alone: groups, the default scheme, have scales of their own."""
+    model = apply(make_tiny(), granularity="tensor")
+    assert logits_of(model, ids).isfinite().all() and "int8 dynamic" in model.notes[-1]
+    with pytest.raises(ValueError, match="--granularity tensor"):
+        apply(make_tiny(), granularity="tensor", scheme="grouped")
+
+
+def test_groups_longer_than_a_layer_are_the_whole_layer(ids):
+    """A head's width of inputs, say, which is what pruning may leave of o_proj."""
+    model, same = apply(make_tiny(), group_size=1024, fine_layers=""), apply(make_tiny(), scheme="dynamic")
+    assert torch.equal(logits_of(model, ids), logits_of(same, ids))
+
+
 def test_twice_is_refused():
     with pytest.raises(ValueError, match=r"no nn\.Linear left"):
         apply(apply(make_tiny()))
