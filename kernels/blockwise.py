@@ -98,12 +98,12 @@ def round_blockwise(
                     together = corrected(together, moments, cross, correction, damping)
                 for name, form in _round_together(together, originals, moments, group_size, damping, stage):
                     forms[f"model.layers.{index}.{name}"] = form
-                    _set(block, name, RoundedLinear(originals[name], dequantize_int4(*form, group_size), group_size))
+                    block.set_submodule(name, RoundedLinear(originals[name], dequantize_int4(*form, group_size), group_size))
             for window in range(len(hidden)):
                 hidden[window : window + 1] = _first(block(hidden[window : window + 1], **arguments))
         finally:
             for name, original in originals.items():
-                _set(block, name, original)
+                block.set_submodule(name, original)
         _progress(
             f"int4: block {index + 1} of {len(blocks)}, {time.perf_counter() - start:.0f} s", last=index + 1 == len(blocks)
         )
@@ -170,7 +170,7 @@ def _pass_exactly(block, originals: dict, exact: torch.Tensor, arguments: dict) 
     """Moves `exact`, the float model's hidden states, through the block; what each stage sees: bfloat16 [tokens, K]."""
     seen: dict[str, list] = {stage[0]: [] for stage in STAGES}
     for name, original in originals.items():
-        _set(block, name, RoundedLinear(original, original.weight, None))
+        block.set_submodule(name, RoundedLinear(original, original.weight, None))
     handles = [
         block.get_submodule(name).register_forward_pre_hook(lambda _, x, name=name: seen[name].append(x[0][0].bfloat16()))
         for name in seen
@@ -180,7 +180,7 @@ def _pass_exactly(block, originals: dict, exact: torch.Tensor, arguments: dict) 
     for handle in handles:
         handle.remove()
     for name, original in originals.items():
-        _set(block, name, original)
+        block.set_submodule(name, original)
     return {name: torch.cat(parts) for name, parts in seen.items()}
 
 
@@ -202,11 +202,6 @@ def _round_together(weight: torch.Tensor, originals: dict, moments, group_size: 
 
 def _first(output) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _set(block, name: str, module: nn.Module) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(block.get_submodule(owner), leaf, module)
 
 
 def _progress(line: str, *, last: bool) -> None:

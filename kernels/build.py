@@ -128,9 +128,6 @@ def _register_fakes() -> None:
     """Tells torch.compile the shapes of the results, so that it traces through the operators."""
 
     @torch.library.register_fake("tinyopt::int8_linear")
-    def _(x, packed, scale, N, group_size, bias=None):
-        return x.new_empty((x.shape[0], N), dtype=torch.float32)
-
     @torch.library.register_fake("tinyopt::int8_weight_only_linear")
     def _(x, packed, scale, N, group_size, bias=None):
         return x.new_empty((x.shape[0], N), dtype=torch.float32)

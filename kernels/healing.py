@@ -124,7 +124,7 @@ def heal(model, teacher: Teacher, *, minutes: float, seed: int = 0, clock=time.m
     generator = torch.Generator().manual_seed(seed)
     names = [name for name, part in model.model.layers.named_modules() if type(part) is nn.Linear]
     for name in names:
-        _put(model, name, LowRank(model.model.layers.get_submodule(name), RANK, generator))
+        model.model.layers.set_submodule(name, LowRank(model.model.layers.get_submodule(name), RANK, generator))
     updates = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     learnt, note = cache.tensors("healed", model.device), cache.json("healed")
     if learnt is None or note is None:
@@ -135,7 +135,7 @@ def heal(model, teacher: Teacher, *, minutes: float, seed: int = 0, clock=time.m
         for name, update in updates.items():
             update.copy_(learnt[name])
     for name in names:
-        _put(model, name, model.model.layers.get_submodule(name).merged())
+        model.model.layers.set_submodule(name, model.model.layers.get_submodule(name).merged())
     return note
 
 
@@ -170,8 +170,3 @@ def _train(model, teacher: Teacher, updates: dict, *, minutes: float, generator,
     apart = f"{first:.4f} -> {best:.4f} nats per token"
     note = f"healed in {steps} steps, {spent:.1f} minutes: KL to the dense model on held-out text about {apart}"
     return kept, note
-
-
-def _put(model, name: str, module: nn.Module) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(model.model.layers.get_submodule(owner), leaf, module)

@@ -18,6 +18,7 @@ from torch import nn
 from devices import has_half_arithmetic
 from kernels.calibration_cache import show_progress
 from kernels.gptq import Form
+from kernels.half import HalfTable
 from kernels.healing import Teacher, held_out_and_trained
 from kernels.int4 import LEVELS
 from kernels.int8 import dequantize_groups, quantize_groups
@@ -137,15 +138,6 @@ class _FrozenInt8(nn.Module):
         return self.weight[ids].float()
 
 
-class _Table(nn.Module):
-    def __init__(self, shared: nn.Module):
-        super().__init__()
-        self.shared = shared
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.shared.rows(ids)
-
-
 def tune(
     model, ids: torch.Tensor, forms: dict[str, Form], *, group_size: int, steps: int, tied: bool, rate: float = LEARNING_RATE,
     seed: int = 0,
@@ -171,7 +163,7 @@ def tune(
             tunable = TunableLinear(linear, forms[name], group_size, dtype) if name in forms else None
             model.set_submodule(name, tunable or _FrozenInt8(linear, group_size, dtype))
         if tied:
-            model.set_input_embeddings(_Table(model.lm_head))
+            model.set_input_embeddings(HalfTable(model.lm_head))
         first, last = _train(model, teacher, list(norms.values()), steps=steps, rate=rate, seed=seed)
         tuned = {name: model.get_submodule(name).form() for name in forms}
         learnt = {name: norm.detach().clone() for name, norm in norms.items()}

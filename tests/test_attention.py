@@ -58,6 +58,20 @@ def test_a_prompts_rows_do_not_depend_on_each_other(kernels):
     assert torch.equal(step.attend(q[:, 20:].contiguous(), layer, scaling=0.125), whole[:, 20:])
 
 
+@pytest.mark.parametrize("rows", [1, 5, 40])
+def test_attention_does_not_depend_on_threads(rows, kernels):
+    """Enough heads and tokens that two threads have work; the suite runs on one."""
+    layer, generator = filled(Float32Layer, 2, 700, 64)
+    q = torch.randn(2, rows, 9, 64, generator=generator)
+    alone = step.attend(q, layer, scaling=0.125)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(step.attend(q, layer, scaling=0.125), alone)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("rows", [1, 20])
 def test_what_is_not_finite_is_not_hidden(rows, kernels):
     layer = Int8CacheLayer()
