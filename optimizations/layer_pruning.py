@@ -47,7 +47,7 @@ def apply(model, *, what: str = "attention", count: int = 2):
     numbered = [layer.self_attn for layer in model.model.layers if hasattr(layer, "self_attn")]
     for index, attention in enumerate(numbered):
         attention.layer_idx = index  # which layer of the KV cache is its own
-    name = "attention sublayers" if what == "attention" else "blocks"
+    name = ("attention sublayer" if what == "attention" else "block") + ("s" if count > 1 else "")
     which = ", ".join(map(str, sorted(gone)))
     note = f"removed {count} {name} ({which}): KL on calibration text about {costs[-1]:.4f} nats per token"
     model.notes = [*getattr(model, "notes", []), note]

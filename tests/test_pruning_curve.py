@@ -47,7 +47,7 @@ def test_a_curve_is_measured_kept_and_drawn(tmp_path, monkeypatch, capsys):
         "bytes_per_token"
     ]
     assert (tmp_path / "out" / "visualizations" / "equal_bytes.png").exists() and charts.stale(content, tmp_path / "out") == []
-    assert "1 blocks: " in capsys.readouterr().out
+    assert "1 block: " in capsys.readouterr().out
     monkeypatch.setattr("worker.WorkerProcess.__init__", lambda *_: pytest.fail("measured again"))
     assert pruning_curve.main([*flags, "--kinds", "blocks"]) == 0
 
