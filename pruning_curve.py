@@ -90,8 +90,8 @@ def plan(config, kinds, shares=SHARES) -> dict[str, tuple[str, Steps]]:
             going = share * streamed
             if kind in ("attention", "blocks"):
                 count = max(1, round(going / (attention + (mlp if kind == "blocks" else 0))))
-                piece = "attention sublayer" if kind == "attention" else "block"
-                points[f"{kind}-{count}"] = (f"{count} {piece}{'s' if count > 1 else ''}", [("layer_pruning", {"what": kind, "count": count})])
+                title = f"{count} {'attention sublayer' if kind == 'attention' else 'block'}{'s' if count > 1 else ''}"
+                points[f"{kind}-{count}"] = (title, [("layer_pruning", {"what": kind, "count": count})])
                 continue
             ratio = round(going / (layers * (heads * head if kind == "heads" else mlp)), 3)
             technique, options = {"heads": ("head_pruning", {"method": "calibrated"}), "width": ("mlp_pruning", {})}[kind]
