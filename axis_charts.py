@@ -50,7 +50,6 @@ def cache_memory(consolidated, records):
     tokens = [(p["depth"] + prompt) * p["batch_size"] for p in chosen[0]["axes"]]
     reference = sorted(zip(tokens, (p["baseline_kv_cache_mb"] for p in chosen[0]["axes"]), strict=True))
     axes.plot(*zip(*reference, strict=True), "k--", marker=".", label="baseline")
-    measured = [r for r in records if r.get("axes")]
     names = {}  # of recipes whose caches are the same: lines on top of each other could not be told apart
     for record in chosen:
         points = tuple(sorted(zip(tokens, (p["kv_cache_mb"] for p in record["axes"]), strict=True)))
@@ -66,6 +65,7 @@ def cache_memory(consolidated, records):
         else []
     )
     title = "KV-cache memory by tokens held"
+    measured = [r for r in records if r.get("axes")]
     same = [label(r) for r in measured if r not in chosen]
     notes += [f"The same cache as the baseline: {', '.join(same)}."] if same else []
     drawn = [*measured, baseline_of(consolidated)]

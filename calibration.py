@@ -53,6 +53,12 @@ def calibration_ids(model, *, tokens: int, generated_share: float = 0.0, mixed: 
     return torch.cat(kinds)[places.argsort(stable=True)]
 
 
+def has_text(model) -> bool:
+    """Random weights have no words; a model that models.load_model did not make has no tokenizer to read any with."""
+    source = getattr(model, "source", None)
+    return source is not None and not source.random_weights
+
+
 def _source(model) -> models.ModelSource:
     source = getattr(model, "source", None)
     if source is None:

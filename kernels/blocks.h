@@ -58,8 +58,10 @@ TARGET_AVX512 inline __m512i bf16_bits(__m512 v) {  // round to nearest, ties to
 }
 
 // int8 lines of 4 inputs -> bfloat16 lines of 2. One scale a channel is applied to the sums; scales per group go into the
-// weights here (`scale` [groups, kChannels], else null; zeros that pad K take the last one). Integers up to 127 are exact in bfloat16.
-TARGET_AVX512 void expand_bf16(const void* from, int64_t lines, const uint16_t* scale, int64_t group, int64_t groups, char* to) {
+// weights here (`scale` [groups, kChannels], else null; zeros that pad K take the last one). Integers up to 127 are exact in
+// bfloat16.
+TARGET_AVX512 void expand_bf16(
+    const void* from, int64_t lines, const uint16_t* scale, int64_t group, int64_t groups, char* to) {
   for (int64_t s = 0; s < lines; ++s) {
     const __m512i line = line_at(from, s);
     const __m512 factor = scale ? sixteen_bf16(scale + std::min(s * 4 / group, groups - 1) * kChannels) : _mm512_set1_ps(1.f);

@@ -52,8 +52,8 @@ class LeanForward:
             or torch.is_grad_enabled()
             or not isinstance(logits_to_keep, int)
             or any(options.get(name) for name in ("output_attentions", "output_hidden_states"))
-            or past_key_values.get_seq_length() + input_ids.shape[1] > len(self.cos)
-            or not _unpadded(attention_mask, position_ids, past_key_values.get_seq_length(), input_ids.shape[1])
+            or (past := past_key_values.get_seq_length()) + input_ids.shape[1] > len(self.cos)
+            or not _unpadded(attention_mask, position_ids, past, input_ids.shape[1])
         ):
             return self.original(
                 input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,

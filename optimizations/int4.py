@@ -87,7 +87,7 @@ def apply(
     expected = 1 + len(model.model.layers) * sum(len(stage) for stage in STAGES)
     if len(linears) != expected:
         raise ValueError("no nn.Linear left to quantize: apply int4 once, to a model in floating point")
-    notes, tied, real = [], is_tied(model), _has_text(model)
+    notes, tied, real = [], is_tied(model), calibration.has_text(model)
     if not real and rounding == "gptq":
         rounding = "nearest"
         notes.append("no text to calibrate on (random weights, or no tokenizer): rounded to nearest, int8 layers by position")
@@ -190,12 +190,6 @@ def _tuned_forms(
     return tuned, norms
 
 
-def _has_text(model) -> bool:
-    """Random weights have no words; a model that models.load_model did not make has no tokenizer to read any with."""
-    source = getattr(model, "source", None)
-    return source is not None and not source.random_weights
-
-
 def _int8_names(model, linears: dict, int8_layers: str, text, *, max_bits: float, group_size: int) -> list[str]:
     """Which layers get int8, the embedding among them where it is a table of its own."""
     tied = is_tied(model)
@@ -207,7 +201,7 @@ def _int8_names(model, linears: dict, int8_layers: str, text, *, max_bits: float
     candidates = linears if tied else linears | {TABLE: model.get_input_embeddings()}
     shapes = {name: tuple(module.weight.shape) for name, module in candidates.items()}
     added, spent = added_bits(shapes, group_size)
-    if not _has_text(model):
+    if not calibration.has_text(model):
         costs = costs_by_position(added, len(model.model.layers))
     else:
         costs = _measured_costs(model, candidates, text(tokens=SENSITIVITY_TOKENS), group_size=group_size, tied=tied)

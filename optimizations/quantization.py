@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 import cli
-from calibration import calibration_ids
+from calibration import calibration_ids, has_text
 from devices import Unsupported
 from inference import Inference
 from kernels.attention import use_grouped_heads
@@ -71,8 +71,7 @@ def apply(
 
     tied = is_tied(model)
     if smoothing is None:
-        source = getattr(model, "source", None)
-        smoothing = STRENGTH if scheme == "dynamic" and source is not None and not source.random_weights else 0.0
+        smoothing = STRENGTH if scheme == "dynamic" and has_text(model) else 0.0
     if smoothing:
         read_weights(model)
         note = smooth(model, calibration_ids(model, tokens=CALIBRATION_TOKENS), smoothing)
