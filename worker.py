@@ -7,6 +7,7 @@ below the pipeline knows them.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -167,6 +168,7 @@ def _end_with_parent() -> None:
 def _serve(connection, job: Job) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    gc.freeze()  # what is imported is never garbage, and half a second of each collection
     worker = _Worker(job)
     while True:
         try:

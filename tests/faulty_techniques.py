@@ -24,7 +24,7 @@ def apply(model, *, kind: str):
     elif kind == "bug":
         raise KeyError("a bug in a technique")
     elif kind == "slow":
-        time.sleep(20)
+        time.sleep(60)
     else:
         raise ValueError(f"unknown kind {kind}")
     return model

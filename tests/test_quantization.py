@@ -160,13 +160,15 @@ def test_wrong_order_is_a_sentence(later):
 
 
 @pytest.mark.embedded
-@pytest.mark.parametrize(("scheme", "least"), [("grouped", 0.975), ("weight-only", 0.975), ("dynamic", 0.93)])
-def test_quality_of_the_embedded_model(scheme, least, embedded, embedded_reference):
-    """On two windows: bounds are two points below what sixteen windows measure (99.4, 99.4 and 95.2 %)."""
-    fields = ("windows", "nll", "top_ids", "top_log_probs")
-    two = dataclasses.replace(embedded_reference, **{name: getattr(embedded_reference, name)[:2] for name in fields})
+@pytest.mark.parametrize(("scheme", "least"), [("grouped", 0.975), ("weight-only", 0.975), ("dynamic", 0.96)])
+def test_quality_of_the_embedded_model(scheme, least, embedded, embedded_reference, monkeypatch):
+    """On the beginnings of four windows, smoothed on a little text: two points below what whole ones measure."""
+    monkeypatch.setattr(f"{apply.__module__}.CALIBRATION_TOKENS", 2048)
+    lengths = {"windows": 97, "nll": 96, "top_ids": 96, "top_log_probs": 96}
+    begun = {name: getattr(embedded_reference, name)[:, :length] for name, length in lengths.items()}
+    short = dataclasses.replace(embedded_reference, **begun)
     model = apply(share_weights(embedded.model), scheme=scheme)
-    assert quality.score_variant(model, two)["perplexity_retention"] > least
+    assert quality.score_variant(model, short)["perplexity_retention"] > least
     assert benchmark.weight_bytes(model) < 0.30 * 538_060_288
 
 
