@@ -53,8 +53,9 @@ def prepare(tokenizer, args, *, vocab_size: int) -> Inputs:
     prompt_ids = [tokenizer(prompt).input_ids for prompt in prompts]
     longest, positions = max(map(len, prompt_ids)) + workload.continuation_tokens, args.config.max_position_embeddings
     if longest > positions:
+        flag = "--prompts-file: the" if args.prompts else f"--model {args.source.name}: the benchmark's"
         raise ValueError(
-            f"--prompts-file: the longest prompt and its {workload.continuation_tokens} new tokens are {longest}: "
+            f"{flag} longest prompt and its {workload.continuation_tokens} new tokens are {longest}: "
             f"{args.source.name} has {positions} positions"
         )
     text = load_text(text_file=args.text_file)

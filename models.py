@@ -267,7 +267,7 @@ def _checked(source: ModelSource) -> ModelSource:
 
 def _find_auto() -> ModelSource:
     try:
-        return _find_hub(TINYLLAMA, name="tinyllama", revision=TINYLLAMA_REVISION)
+        return _find_hub(TINYLLAMA, name="tinyllama", revision=TINYLLAMA_REVISION, cached_file="model.safetensors")
     except ValueError:
         embedded = find_model("smollm2-135m")
     notice = (
@@ -277,13 +277,13 @@ def _find_auto() -> ModelSource:
     return ModelSource(embedded.name, embedded.kind, embedded.location, notice=notice)
 
 
-def _find_hub(repo: str, *, name: str, revision: str | None = None) -> ModelSource:
-    """A Hub model that is cached, or whose server answers within seconds; nothing but metadata is fetched here."""
+def _find_hub(repo: str, *, name: str, revision: str | None = None, cached_file: str = "config.json") -> ModelSource:
+    """A Hub model whose `cached_file` is cached, or whose server answers within seconds; only metadata is fetched here."""
     import huggingface_hub
 
     source = ModelSource(name, "hub", repo, revision=revision)
-    cached = huggingface_hub.try_to_load_from_cache(repo, "config.json", revision=revision)
-    if isinstance(cached, str):  # .../snapshots/<commit>/config.json
+    cached = huggingface_hub.try_to_load_from_cache(repo, cached_file, revision=revision)
+    if isinstance(cached, str):  # .../snapshots/<commit>/<cached_file>
         return _checked(replace(source, revision=revision or Path(cached).parent.name))
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise ValueError(f"--model {name}: {repo} is not in the Hub cache and HF_HUB_OFFLINE is set")

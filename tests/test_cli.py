@@ -241,6 +241,9 @@ def test_a_prompt_longer_than_the_models_positions(refused, tmp_path):
     (tmp_path / "prompts.txt").write_text("short\n" + "word " * 200)
     sentence = refused(["--model", model, "--quick", "--prompts-file", tmp_path / "prompts.txt"])
     assert "--prompts-file: the longest prompt" in sentence and "positions" in sentence
+    config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 80}
+    (model / "config.json").write_text(json.dumps(config))
+    assert "the benchmark's longest prompt" in refused(["--model", model, "-p", "8", "-n", "8", "--quality-window", "32"])
 
 
 @pytest.mark.parametrize("stack", [

@@ -424,8 +424,12 @@ def test_auto_prefers_a_cached_tinyllama(hub_cache, tiny):
 
 
 @pytest.mark.embedded
-def test_auto_falls_back_with_a_notice(hub_cache, embedded_source):
+@pytest.mark.parametrize("configuration_cached", [False, True])
+def test_auto_falls_back_with_a_notice(hub_cache, embedded_source, tiny, configuration_cached):
     """No TinyLlama to be had: the embedded model runs, and the user is told that it is another model."""
+    if configuration_cached:
+        put_in_cache(hub_cache, models.TINYLLAMA, models.TINYLLAMA_REVISION, tiny())
+        next(hub_cache.rglob("*.safetensors")).unlink()
     source = find_model("auto")
     assert source.location == embedded_source.location
     assert "SmolLM2" in source.notice and "TinyLlama" in source.notice
