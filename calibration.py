@@ -7,6 +7,7 @@ words: their windows are seeded random ids, so that every technique still runs f
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from kernels.generated_text import generated_windows
 WINDOW = 512
 REFIT_TOKENS = 98304  # bounds time where there is more text than the embedded one has
 REFIT_BYTES = 2e9  # bounds what refitting holds besides the model (kernels/compensation.py)
+TEXTS = ("mixed", "evaluated")  # what pruning may learn from
 
 
 def calibration_ids(model, *, tokens: int, generated_share: float = 0.0, mixed: bool = False) -> torch.Tensor:
@@ -94,24 +96,36 @@ def _tokenised(found: list[texts.Text], source: models.ModelSource) -> tuple[lis
     return ids, start
 
 
-def refit_windows(model) -> torch.Tensor:
+def add_text_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--calibration-text", choices=TEXTS, default="mixed",
+        help="what calibration and recovery read: several kinds of text, or other parts of the corpus that quality is measured "
+        "on alone, which keeps more there and far less elsewhere (default: mixed)")  # fmt: skip
+
+
+def check_text(text: str) -> None:
+    """Raises ValueError for what is no choice."""
+    if text not in TEXTS:
+        raise ValueError(f"--calibration-text {text}: choose {' or '.join(TEXTS)}")
+
+
+def refit_windows(model, text: str = "mixed") -> torch.Tensor:
     """To rank and refit on, int64 [W, 512]: as much text as memory allows; two windows of random ids for random weights.
 
-    Of several kinds: from news alone SmolLM2 less 25 % of its heads kept 97 % on news and 70 % on film reviews, from three
-    kinds 95 and 93 %. None of it is the model's own: with a quarter of that it kept 84 % on news, and less on other text as
-    well.
+    Of several kinds: from news alone ("evaluated") SmolLM2 less 25 % of its heads kept 97 % on news and 70 % on film reviews,
+    from three kinds 95 and 93 %. None of it is the model's own: with a quarter of that it kept 84 % on news, and less on other
+    text as well.
     """
-    return _windows_of_refit(model, 0.0)
+    return _windows_of_refit(model, text, 0.0)
 
 
-def healing_windows(model) -> torch.Tensor:
+def healing_windows(model, text: str = "mixed") -> torch.Tensor:
     """To train on after pruning, likewise, but a quarter of it is the model's own."""
-    return _windows_of_refit(model, 0.25)
+    return _windows_of_refit(model, text, 0.25)
 
 
-def _windows_of_refit(model, generated_share: float) -> torch.Tensor:
+def _windows_of_refit(model, text: str, generated_share: float) -> torch.Tensor:
     tokens = 2 * WINDOW if _source(model).random_weights else refit_tokens(model.config)
-    return calibration_ids(model, tokens=tokens, generated_share=generated_share, mixed=True)
+    return calibration_ids(model, tokens=tokens, generated_share=generated_share, mixed=text == "mixed")
 
 
 def refit_tokens(config) -> int:

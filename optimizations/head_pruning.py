@@ -11,8 +11,9 @@ Idea    Many heads matter little (Michel et al. 2019). Which ones, `--method` sa
 Helps   By the bytes that are gone, no more: 25 % of the query heads are 4.5 % of what TinyLlama streams per token, so
         decode gains at most 1.047x. `--mode mask`, the original's zeroing, removes nothing and gains nothing.
 Loses   Quality. The L2 norm ignores what flows through a head; on a small model it is a poor guide (see the README).
-        Calibrated takes minutes once (kept in ~/.cache/tinyllama-optimization), holds best for text like its own, and where
-        layers lose different heads the KV heads' readers differ: attention then needs the map below.
+        Calibrated takes minutes once (kept in ~/.cache/tinyllama-optimization), and holds best for text like what it learns
+        from (`--calibration-text`). Where layers lose different heads the KV heads' readers differ: attention then needs
+        the map below.
 Heads   Query heads that share a KV head form a group. By l2 and energy, heads are removed evenly from every group where
         that comes within five points of the ratio asked for; otherwise, and by calibrated, an explicit map from query head
         to KV head is kept. A KV head that nobody reads any more goes too, and the KV cache shrinks.
@@ -45,13 +46,19 @@ EVENNESS_TOLERANCE = 0.05
 ENERGY_WINDOWS = 16
 
 
-def apply(model, *, prune_ratio: float = 0.25, mode: str = "structural", method: str = "l2", heal_minutes: float = 0.0):
+def apply(
+    model, *, prune_ratio: float = 0.25, mode: str = "structural", method: str = "l2", heal_minutes: float = 0.0,
+    calibration_text: str = "mixed",
+):  # fmt: skip
     """Remove (`structural`) or zero (`mask`) the least important query heads, in place.
 
     Raises ValueError if the ratio leaves no head or removes none, or if the projections are no longer nn.Linear.
     """
     check_not_lean(model)
-    check(model.config, prune_ratio=prune_ratio, mode=mode, method=method, heal_minutes=heal_minutes)
+    check(
+        model.config, prune_ratio=prune_ratio, mode=mode, method=method, heal_minutes=heal_minutes,
+        calibration_text=calibration_text,
+    )  # fmt: skip
     if not all(hasattr(layer, "self_attn") for layer in model.model.layers):
         raise ValueError("some layers have no attention any more: run head_pruning before layer_pruning")
     attentions = [layer.self_attn for layer in model.model.layers]
@@ -60,18 +67,21 @@ def apply(model, *, prune_ratio: float = 0.25, mode: str = "structural", method:
     if any(hasattr(attention, "kv_of_head") for attention in attentions):
         raise ValueError("this model was pruned unevenly before: apply head_pruning once")
     total = sum(count_query_heads(attention) for attention in attentions)
-    teacher = healing.Teacher(model, calibration.healing_windows(model)) if heal_minutes else None
+    teacher = healing.Teacher(model, calibration.healing_windows(model, calibration_text)) if heal_minutes else None
+    windows = None if method == "l2" else calibration.refit_windows(model, calibration_text)
     if method == "calibrated":
-        removed = _remove_calibrated(model, prune_ratio, mode)
+        removed = _remove_calibrated(model, windows, prune_ratio, mode)
     else:
-        importances = energies(model) if method == "energy" else [head_importance(attention) for attention in attentions]
+        importances = (
+            energies(model, windows) if method == "energy" else [head_importance(attention) for attention in attentions]
+        )
         removed = 0
         for attention, importance in zip(attentions, importances, strict=True):
             kept = heads_to_keep(importance, kv_heads=count_kv_heads(attention), prune_ratio=prune_ratio)
             removed += count_query_heads(attention) - len(kept)
             _take_away(model, attention, kept, mode)
     verb = "zeroed" if mode == "mask" else "removed"
-    how = "" if method == "l2" else f", {method}"
+    how = "" if method == "l2" else f", {method} on {calibration_text} text"
     note = f"{verb} {removed} of {total} query heads ({removed / total:.1%}; asked for {prune_ratio:.1%}{how})"
     model.notes = [*getattr(model, "notes", []), note]
     if teacher:
@@ -80,14 +90,16 @@ def apply(model, *, prune_ratio: float = 0.25, mode: str = "structural", method:
 
 
 def check(
-    config, *, prune_ratio: float = 0.25, mode: str = "structural", method: str = "l2", heal_minutes: float = 0.0
-) -> None:
+    config, *, prune_ratio: float = 0.25, mode: str = "structural", method: str = "l2", heal_minutes: float = 0.0,
+    calibration_text: str = "mixed",
+) -> None:  # fmt: skip
     """What can be known before weights are loaded. Raises ValueError like `apply`."""
     if mode not in ("structural", "mask"):
         raise ValueError(f"--mode {mode}: choose structural or mask")
     if method not in METHODS:
         raise ValueError(f"--method {method}: choose {', '.join(METHODS)}")
     healing.check(heal_minutes)
+    calibration.check_text(calibration_text)
     if heal_minutes and mode == "mask":
         raise ValueError("--heal-minutes: training would bring masked heads back; choose --mode structural")
     heads = config.num_attention_heads
@@ -109,14 +121,13 @@ def _calibrated_count(heads: int, layers: int, prune_ratio: float) -> int:
     return count
 
 
-def _remove_calibrated(model, prune_ratio: float, mode: str) -> int:
+def _remove_calibrated(model, windows: torch.Tensor, prune_ratio: float, mode: str) -> int:
     """Choose, cut and refit. Returns how many heads went."""
     attentions = [layer.self_attn for layer in model.model.layers]
     heads, head_dim = count_query_heads(attentions[0]), attentions[0].head_dim
     if any(count_query_heads(attention) != heads for attention in attentions):
         raise ValueError("this model's layers differ in heads already: apply head_pruning once")
     count = _calibrated_count(heads, len(attentions), prune_ratio)
-    windows = calibration.refit_windows(model)
     rankings = pruning_costs.cached_rankings(model, windows, part="attention", group=head_dim, at_once=1, steps=heads - 1)
     counts = cached_allocation(model, windows, rankings, count, part="attention", group=head_dim)
 
@@ -132,13 +143,12 @@ def _remove_calibrated(model, prune_ratio: float, mode: str) -> int:
     return count
 
 
-def energies(model) -> list[torch.Tensor]:
-    """Mean square of what each head writes through o_proj on calibration text, per layer [heads]."""
-    windows = calibration.refit_windows(model)[:ENERGY_WINDOWS]
+def energies(model, windows: torch.Tensor) -> list[torch.Tensor]:
+    """Mean square of what each head writes through o_proj, per layer [heads], on the first of `windows` int64 [W, T]."""
     attentions = [layer.self_attn for layer in model.model.layers]
 
     def run() -> None:
-        for window in windows:
+        for window in windows[:ENERGY_WINDOWS]:
             model.model(window[None], use_cache=False)
 
     moments = calibration.second_moments(run, [attention.o_proj for attention in attentions])
@@ -240,8 +250,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--method", choices=METHODS, default=apply.__kwdefaults__["method"],
         help="how heads are chosen; calibrated also refits what is left (default: %(default)s)")  # fmt: skip
     healing.add_flag(parser)
+    calibration.add_text_flag(parser)
     args = cli.parse(parser, argv)
-    options = {name: getattr(args, name) for name in ("prune_ratio", "mode", "method", "heal_minutes")}
+    options = {name: getattr(args, name) for name in ("prune_ratio", "mode", "method", "heal_minutes", "calibration_text")}
     return experiment.run({"head_pruning": [("head_pruning", options)]}, args, parser=parser)
 
 

@@ -8,7 +8,7 @@ Idea    An MLP is a sum over channels, down_i * (silu(gate_i x) * up_i x); its c
         `--heal-minutes` then trains the layers that remain towards the dense model's answers (kernels/healing.py).
 Helps   Where the bytes are: the MLP is 74 % of what TinyLlama streams per token, so a tenth of its width allows 1.08x in
         decode, more than a quarter of its heads (1.05x), and attention keeps its even shape.
-Loses   Quality, like every removal, and on text of another kind a little more: it learns from one calibration text.
+Loses   Quality, like every removal, and more on text unlike what it learns from (`--calibration-text`).
         Width is removed 16 channels at a time: the kernels compute 16 output channels together (kernels/tiles.h), and
         a panel of gate_proj or up_proj that is not full would take as long as a full one.
 Paper   Kurtic, Frantar, Alistarh: ZipLM, structured pruning with the layer's inverse Hessian. https://arxiv.org/abs/2302.04089
@@ -16,6 +16,7 @@ Writes  mlp_pruning_results.json beside the baseline's, and charts, in the resul
 
     python optimizations/mlp_pruning.py
     python optimizations/mlp_pruning.py --prune-ratio 0.2 --heal-minutes 5 --model smollm2-135m
+    python optimizations/mlp_pruning.py --calibration-text evaluated --model smollm2-135m
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ PANEL = 16  # channels that go together
 MOST = 0.75  # of a layer's width
 
 
-def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0):
+def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0, calibration_text: str = "mixed"):
     """Remove `prune_ratio` of all MLP channels, in place, in multiples of 16 that differ from layer to layer.
 
     Raises ValueError if the ratio removes nothing or too much, or if the projections are no longer nn.Linear.
     """
     check_not_lean(model)
-    check(model.config, prune_ratio=prune_ratio, heal_minutes=heal_minutes)
+    check(model.config, prune_ratio=prune_ratio, heal_minutes=heal_minutes, calibration_text=calibration_text)
     if not all(hasattr(layer, "self_attn") for layer in model.model.layers):
         raise ValueError("some layers have no attention any more: run mlp_pruning before layer_pruning")
     mlps = [layer.mlp for layer in model.model.layers]
@@ -52,8 +53,8 @@ def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0):
     if any(mlp.down_proj.in_features != width for mlp in mlps):
         raise ValueError("this model's MLPs were narrowed before: apply mlp_pruning once")
     panels = _panels_to_remove(width, len(mlps), prune_ratio)
-    windows = calibration.refit_windows(model)
-    teacher = healing.Teacher(model, calibration.healing_windows(model)) if heal_minutes else None
+    windows = calibration.refit_windows(model, calibration_text)
+    teacher = healing.Teacher(model, calibration.healing_windows(model, calibration_text)) if heal_minutes else None
     steps = int(MOST * width) // PANEL
     rankings = pruning_costs.cached_rankings(model, windows, part="mlp", group=1, at_once=PANEL, steps=steps)
     counts = cached_allocation(model, windows, rankings, panels, part="mlp", group=1)
@@ -67,19 +68,19 @@ def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0):
     refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, panels=counts), progress=show_progress)
     left = [mlp.down_proj.in_features for mlp in mlps]
     share = 1 - sum(left) / (width * len(mlps))
-    note = (
-        f"removed {share:.1%} of the MLP channels (asked for {prune_ratio:.1%}); {min(left)} to {max(left)} of {width} are left"
-    )
+    how = f"asked for {prune_ratio:.1%}, calibrated on {calibration_text} text"
+    note = f"removed {share:.1%} of the MLP channels ({how}); {min(left)} to {max(left)} of {width} are left"
     model.notes = [*getattr(model, "notes", []), note]
     if teacher:
         model.notes.append(healing.heal(model, teacher, minutes=heal_minutes))
     return model
 
 
-def check(config, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0) -> None:
+def check(config, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0, calibration_text: str = "mixed") -> None:
     """What can be known before weights are loaded. Raises ValueError like `apply`."""
     _panels_to_remove(config.intermediate_size, config.num_hidden_layers, prune_ratio)
     healing.check(heal_minutes)
+    calibration.check_text(calibration_text)
 
 
 def _panels_to_remove(width: int, layers: int, prune_ratio: float) -> int:
@@ -116,8 +117,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prune-ratio", type=cli.ratio, default=apply.__kwdefaults__["prune_ratio"],
         help="share of all MLP channels to remove (default: %(default)s)")  # fmt: skip
     healing.add_flag(parser)
+    calibration.add_text_flag(parser)
     args = cli.parse(parser, argv)
-    options = {"prune_ratio": args.prune_ratio, "heal_minutes": args.heal_minutes}
+    options = {name: getattr(args, name) for name in ("prune_ratio", "heal_minutes", "calibration_text")}
     return experiment.run({"mlp_pruning": [("mlp_pruning", options)]}, args, parser=parser)
 
 

@@ -118,4 +118,5 @@ def test_pruning_refits_on_real_text_and_recovers_on_some_of_the_models_own(mode
     )
     calibration.refit_windows(model)
     calibration.healing_windows(model)
-    assert asked == [(0, True), (0.25, True)]
+    calibration.refit_windows(model, "evaluated")
+    assert asked == [(0, True), (0.25, True), (0, False)]
