@@ -1,4 +1,5 @@
-# make run    set up, then the whole pipeline on the embedded default; results under results/
+# make run    set up, then the whole pipeline on the embedded default; results under results/. Without ARGS it ends after a
+#             quarter of an hour at most; where that is too short, a second one goes on from there
 # make test   set up, then lint and the test suite
 # make sanitize   the C++ kernels compiled with address and undefined-behaviour sanitisers, under their tests (Linux, g++)
 # ARGS="..."  more flags for either: make run ARGS="--quick", make test ARGS="-k quality"
@@ -19,7 +20,7 @@ $(STAMP): requirements.txt requirements-embedded.txt pyproject.toml
 	touch $(STAMP)
 
 run: setup
-	$(BIN)/python run_optimization.py $(ARGS)
+	$(BIN)/python run_optimization.py $(or $(ARGS),--minutes 11)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Charts over context depth and batch size, from the points that `-d 0,512,1536 -b 1,8` adds to each record."""
 
 from chart_parts import finish, new_axes
-from readings import amount, baseline_of, label, number
+from readings import amount, baseline_of, interval, label, number
 
 MARKERS = "osD^vP*X<>"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -25,11 +25,13 @@ def depth_speed(consolidated, records):
     axes.set_ylim(bottom=0)
     notes = []
     for record in filter(_has_cache_technique, records):
-        name, speeds = "the baseline", lines[id(record)]
+        ours = _speedups(consolidated, record, batch_size)
+        name, theirs = "the baseline", dict.fromkeys(ours, (1.0, 1.0))
         if rival := next((r for r in records if r.get("steps") == _without_cache_technique(record)), None):
-            name, others = label(rival), lines[id(rival)]
-            speeds = {depth: (others[depth][1], speed) for depth, (_, speed) in speeds.items() if depth in others}
-        notes.append(_crossover(label(record), name, speeds))
+            name, theirs = label(rival), _speedups(consolidated, rival, batch_size)
+        notes.append(
+            _crossover(label(record), name, {depth: (theirs[depth], ours[depth]) for depth in ours if depth in theirs})
+        )
     return finish(
         axes,
         consolidated,
@@ -47,13 +49,15 @@ def cache_memory(consolidated, records):
         return None
     axes = new_axes(4)[0]
     prompt = sum(number(consolidated.get("workload"), key) or 0 for key in ("prompt_tokens", "new_tokens"))
-    tokens = [(p["depth"] + prompt) * p["batch_size"] for p in chosen[0]["axes"]]
-    reference = sorted(zip(tokens, (p["baseline_kv_cache_mb"] for p in chosen[0]["axes"]), strict=True))
+
+    def cache(record, key="kv_cache_mb"):
+        return tuple(sorted(((p["depth"] + prompt) * p["batch_size"], p[key]) for p in record["axes"]))
+
+    reference = cache(max(chosen, key=lambda r: len(r["axes"])), "baseline_kv_cache_mb")
     axes.plot(*zip(*reference, strict=True), "k--", marker=".", label="baseline")
     names = {}  # of recipes whose caches are the same: lines on top of each other could not be told apart
     for record in chosen:
-        points = tuple(sorted(zip(tokens, (p["kv_cache_mb"] for p in record["axes"]), strict=True)))
-        names.setdefault(points, []).append(label(record))
+        names.setdefault(cache(record), []).append(label(record))
     for place, (points, labels) in enumerate(names.items()):
         _line(axes, place, points, "; ".join(labels))
     axes.set_ylabel("KV cache in MB (lower is better)")
@@ -95,13 +99,32 @@ def _by_depth(consolidated, record, batch_size):
     return dict(sorted((main | others).items()))
 
 
-def _crossover(name, rival, speeds):
-    """From which depth on the recipe is as fast as the same without its cache technique; `speeds` depth -> (rival's, its)."""
-    deepest, crossover = max(speeds), None
-    for depth, (theirs, ours) in sorted(speeds.items(), reverse=True):
-        if not (theirs and ours and ours >= theirs):
-            break
-        crossover = depth
-    if crossover is None:
-        return f"{name}: no crossover up to a depth of {deepest}: slower than {rival} there."
-    return f"{name}: at least as fast as {rival} from a depth of {crossover} on (measured up to {deepest})."
+def _speedups(consolidated, record, batch_size):
+    """depth -> interval of the speed-up over the baseline, taken in turns with it; one figure twice where it has none."""
+    points = [p for p in record.get("axes") or [] if p["batch_size"] == batch_size]
+    main = {"depth": number(consolidated.get("workload"), "depth") or 0, **record}
+    found = {p["depth"]: interval(p, "speedup_ci") or 2 * (number(p, "speedup"),) for p in [main, *points]}
+    return {depth: ends for depth, ends in sorted(found.items()) if None not in ends}
+
+
+def _crossover(name, rival, speedups):
+    """From which depth on the recipe is seen to be faster than the same without its cache technique, or not to be slower.
+
+    `speedups` depth -> (the rival's interval, its own): tokens per second of two recipes were read minutes apart, their
+    speed-ups each in turns with the baseline.
+    """
+    if not speedups:
+        return f"{name}: not compared with {rival}."
+    deepest = max(speedups)
+    for word, holds in (
+        ("faster than", lambda theirs, ours: ours[0] > theirs[1]),
+        ("not seen to be slower than", lambda theirs, ours: ours[1] >= theirs[0]),
+    ):
+        depths = []
+        for depth in sorted(speedups, reverse=True):
+            if not holds(*speedups[depth]):
+                break
+            depths.append(depth)
+        if depths:
+            return f"{name}: {word} {rival} from a depth of {depths[-1]} on (measured up to {deepest})."
+    return f"{name}: no crossover up to a depth of {deepest}: slower than {rival} there."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from devices import device_name, synchronize
+from devices import device_name, release_memory, synchronize
 from records import save_json
 
 READ_BYTES = 1_200_000_000  # well beyond any cache
@@ -45,4 +45,6 @@ def measure_read_bandwidth(device: torch.device) -> float | None:
             best_s = min(best_s, time.perf_counter() - start)
     except (MemoryError, RuntimeError):  # RuntimeError is torch's own way to say that memory ran out
         return None
+    del values
+    release_memory(device)  # an accelerator's allocator would keep it, and the models need the room
     return READ_BYTES / best_s / 1e9

@@ -219,6 +219,8 @@ def _trade(axes, rows, start, better):
         dot(axes, x, kept, ends, kept_ends, look=look, name="recipe on the front" if on_front else "recipe beaten by another")
         names.append((label(record) + (f" ({text.split(' [')[0]})" if kept == LOWEST else ""), x, kept))
     axes.margins(0.1)
+    if not best:
+        return names, lambda **_: None
     steps = sorted((x, _retention(record, LOWEST)[0]) for record, x, _ in best)
     return names, partial(axes.step, *zip(*steps, strict=True), where="pre" if better > 0 else "post")
 

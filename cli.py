@@ -34,7 +34,14 @@ def build_parser(docstring: str) -> argparse.ArgumentParser:
     work.add_argument("--new-tokens", "-n", type=int, default=None, help=f"default: {DEFAULTS.new_tokens}")
     work.add_argument("--depth", "-d", type=int_list, default=None, metavar="D[,D...]",
         help="tokens in the cache before the prompt; the first is the main workload, others a chart (default: 0)")  # fmt: skip
-    work.add_argument("--batch-size", "-b", type=int_list, default=None, metavar="B[,B...]", help="likewise (default: 1)")
+    work.add_argument(
+        "--batch-size",
+        "-b",
+        type=int_list,
+        default=None,
+        metavar="B[,B...]",
+        help="sequences at once; others in the record and the KV-cache chart (default: 1)",
+    )
     work.add_argument("--repeats", "-r", type=int, default=None, help=f"least interleaved pairs (default: {DEFAULTS.repeats})")
     work.add_argument("--precision", type=ratio, default=0.02,
         help="go on until the speed-up's interval is narrower than +- this (default: %(default)s)")  # fmt: skip
@@ -85,6 +92,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
             raise ValueError(f"--threads {args.threads}: choose 1 to {os.cpu_count()}")
         args.torch_device = devices.pick_device(args.device)
         args.source = models.find_model(args.model)
+        for flag, given in (("--text-file", args.text_file), ("--prompts-file", args.prompts_file)):
+            if given and args.source.random_weights:
+                raise ValueError(f"{flag}: {args.source.name} has random weights and reads no text; choose a real model")
         args.config = models.load_config(args.source)
         check_positions(args)
     except ValueError as error:

@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def run(
     `args` come from `cli.parse`. With `aa`, the baseline is also compared with itself: the run's noise floor. `search` is
     asked for further recipes once the folder is open and everything is prepared.
     """
-    folder = Path(args.results_dir)
+    folder, started, minutes = Path(args.results_dir), time.time(), getattr(args, "minutes", None)
     try:
         for steps in recipes.values():
             check_steps(steps, args.config)
@@ -53,9 +54,13 @@ def run(
                 args, prepared=prepared, tokenizer=tokenizer, store=store, scratch=Path(scratch), titles=titles or {},
                 repro=repro, bandwidth_gb_per_s=environment["read_bandwidth_gb_per_s"],
             )  # fmt: skip
+            measurement.deadline = started + 60 * minutes if minutes else None
             if search is not None:
                 recipes = recipes | search(measurement)
-            measurement.measure_all(recipes, aa=aa)
+            if recipes or search is None:
+                measurement.measure_all(recipes, aa=aa)
+            if late := [name for name, status in measurement.ended.items() if status == "interrupted" and minutes]:
+                console.print(f"not reached in {minutes:g} minutes: {', '.join(late)}; the same command goes on from there")
             code = 1 if {"failed", "oom"} & set(measurement.ended.values()) else 0
     except KeyboardInterrupt:
         console.print("interrupted: finished results are kept", markup=False)
@@ -119,7 +124,7 @@ def repro(name: str) -> str:
     """The command that a record came from, narrowed to its recipe where it was one of several of the pipeline's."""
     script = Path(sys.argv[0])
     shown = f"optimizations/{script.name}" if script.parent.name == "optimizations" else script.name
-    flags = sys.argv[1:]
+    flags = cli.without_flags(sys.argv[1:], "--minutes")
     if script.name == "run_optimization.py" and name != BASELINE and cli.without_flags(flags, "--stack") == flags:
         flags = [*cli.without_flags(flags, "--recipes"), "--recipes", name]
     return shlex.join(["python", shown, *flags])

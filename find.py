@@ -27,7 +27,7 @@ import stacks
 from measurement import BASELINE, Measurement, console
 from search import Limits, Single, Stack
 from stacks import Steps
-from store import read_json
+from store import read_json, set_aside
 from texts import load_text
 from worker import Job, RecipeError, WorkerProcess
 
@@ -48,7 +48,9 @@ def add_flags(parser) -> None:
     group.add_argument("--min-retention", type=float, metavar="R", help="share of quality to keep (default: 0.97)")
     group.add_argument("--max-memory-mb", type=float, metavar="MB", help="highest peak memory (default: any)")
     group.add_argument("--min-speedup", type=float, metavar="S", help="least decode speed-up (default: any)")
-    group.add_argument("--find-minutes", type=float, metavar="M", help="the search ends by then (default: 20)")
+    group.add_argument(
+        "--find-minutes", type=float, metavar="M", help="what the search may take, the baseline aside (default: 20)"
+    )
 
 
 def check(args) -> Limits:
@@ -115,21 +117,27 @@ class Finder:
         try:
             measured = readings.load_results(self.args.results_dir)["results"]
         except ValueError:
-            return  # stopped before anything was measured
+            measured = []  # stopped before anything was measured to the end
         found, nearest = search.choose(measured, self.limits)
         front = search.measured_front(measured)
-        late = [name for name, alone in self.state.get("alone", {}).items() if alone["status"] == "interrupted"]
-        late += [record["name"] for record in measured if record["status"] == "interrupted"]
+        alone = self.state.get("alone", {})
+        late = [name for name in search.BY_EXPENSE if alone.get(name, {}).get("status", "interrupted") == "interrupted"]
+        ended = {record["name"] for record in measured if record["status"] != "interrupted"}
+        late += [name for name in self.picked if name not in ended]
         best = found or nearest
         repeat = best and command([(step["technique"], step["options"]) for step in best["steps"]])
-        sentence = _verdict(found, nearest, self.limits)
+        sentence = _verdict(found, nearest, self.limits, whole=not late)
         self.state |= {
             "front": [record["name"] for record in front], "pick": found and found["name"],
             "nearest": nearest and nearest["name"], "not_reached": late, "sentence": sentence, "command": repeat,
         }  # fmt: skip
-        self._save()
+        try:
+            self._save()
+        except OSError as error:
+            console.print(f"{self.file.name} could not be written: {error}", markup=False)
         shown = console if self.args.json else Console(width=None if sys.stdout.isatty() else 130, soft_wrap=True)
-        shown.print(_table(front, {stack["name"]: stack for stack in self.state.get("estimates", [])}))
+        if front:
+            shown.print(_table(front, {stack["name"]: stack for stack in self.state.get("estimates", [])}))
         for line in (sentence, f"Repeat it with: {repeat}" if repeat else None):
             if line:
                 shown.print(line, markup=False, highlight=False)
@@ -139,7 +147,10 @@ class Finder:
     def _resume(self, consolidated: dict) -> None:
         head = {key: consolidated[key] for key in ("environment", "workload", "identity")}
         earlier = read_json(self.file) or {}
-        kept = earlier.get("alone", {}) if self.args.resume and earlier.get("identity") == head["identity"] else {}
+        same = self.args.resume and earlier.get("identity") == head["identity"]
+        if not same:
+            set_aside(self.file.parent, [self.file])
+        kept = earlier.get("alone", {}) if same else {}
         kept = {name: alone for name, alone in kept.items() if alone["status"] in ("ok", "unsupported")}
         limits = {"min_retention": self.limits.min_retention, "max_memory_mb": self.limits.max_memory_mb,
                   "min_speedup": self.limits.min_speedup}  # fmt: skip
@@ -236,9 +247,9 @@ def calibration_windows(tokenizer, positions: int) -> torch.Tensor:
 
 def command(steps: Steps) -> str:
     """What to type to measure exactly this stack: the flags of this run without the search's, and the stack."""
-    flags = cli.without_flags([flag for flag in sys.argv[1:] if flag != "--find"], *FLAGS)
+    flags = cli.without_flags([flag for flag in sys.argv[1:] if flag != "--find"], *FLAGS, "--dtype")  # the stack spells it
     if not steps:
-        return shlex.join(["python", "baseline.py", *cli.without_flags(flags, "--dtype")])
+        return shlex.join(["python", "baseline.py", *flags])
     return shlex.join(["python", "run_optimization.py", *flags, "--stack", stacks.spell(steps)])
 
 
@@ -249,17 +260,19 @@ def _alone_line(entry: dict) -> str:
     )
 
 
-def _verdict(found: dict | None, nearest: dict | None, limits: Limits) -> str:
+def _verdict(found: dict | None, nearest: dict | None, limits: Limits, *, whole: bool) -> str:
+    """`whole`: nothing that was to be measured is missing."""
     best = found or nearest
     if best is None:
         return "Nothing was measured to the end: the same command goes on from here."
-    low = (best["perplexity_retention_ci"] or [best["perplexity_retention"]])[0]
+    interval = best["perplexity_retention_ci"]
+    low = f" (at least {interval[0]:.2%})" if interval else ""
     what = (
-        f"{best['name']}: decode {best['speedup']:.2f}x, {best['perplexity_retention']:.2%} of the quality (at least "
-        f"{low:.2%}), peak memory {best['peak_memory_mb']:.0f} MB"
+        f"{best['name']}: decode {best['speedup']:.2f}x, {best['perplexity_retention']:.2%} of the quality{low}, peak memory "
+        f"{best['peak_memory_mb']:.0f} MB"
     )
     if found:
-        return f"Best recipe for this machine: {what}."
+        return f"{'Best recipe for this machine' if whole else 'Best of what was measured so far'}: {what}."
     wanted = {"retention": f"retention {limits.min_retention:g}", "memory": f"{limits.max_memory_mb or 0:g} MB",
               "speed": f"{limits.min_speedup or 0:g}x"}  # fmt: skip
     missed = " and ".join(f"{wanted[name]} by {share:.1%}" for name, share in search.missed(best, limits).items())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import interleave
 from records import TARGETS
 
@@ -36,7 +38,7 @@ def explain_speed(record: dict, bandwidth_gb_per_s: float | None) -> None:
 def judge_targets(record: dict, baseline: dict) -> dict:
     """Pass (True), miss (False) or not measured (None) for each promise of the original, and for all three at once.
 
-    Quality passes only if the lower bound of its interval does.
+    Quality passes only if the lower bound of its interval does; two windows have no interval, and there the value counts.
     """
     memory = _ratio(record["peak_memory_mb"], baseline["peak_memory_mb"])
     interval = record["perplexity_retention_ci"]
@@ -71,12 +73,25 @@ def noise_floor(comparison: interleave.Comparison) -> dict:
     }  # fmt: skip
 
 
+def noisier(one: dict, other: dict) -> dict:
+    """Which of two A/A entries says less for its run: the one that is not trustworthy, else the one with the wider interval."""
+
+    def doubt(aa: dict) -> tuple[bool, float]:
+        low, high = aa["speedup_ci"] or aa["prefill_speedup_ci"] or (0.0, math.inf)
+        return not aa["trustworthy"], high - low
+
+    return max(one, other, key=doubt)
+
+
 def noise_sentence(aa: dict) -> str:
-    if aa["speedup"] is None or aa["speedup_ci"] is None:
+    parts = []
+    for kind, key in (("decode", "speedup"), ("prefill", "prefill_speedup")):
+        if interval := aa[f"{key}_ci"]:
+            parts.append(f"{kind} {aa[key]:.3f}x [{interval[0]:.3f}, {interval[1]:.3f}]")
+    if not parts:
         return "A/A: too few pairs for an interval"
-    low, high = aa["speedup_ci"]
     verdict = "as it should be" if aa["trustworthy"] else "NOT TRUSTWORTHY: an interval excludes 1"
-    return f"A/A, baseline against itself: {aa['speedup']:.3f}x [{low:.3f}, {high:.3f}], {verdict}"
+    return f"A/A, baseline against itself: {', '.join(parts)}, {verdict}"
 
 
 def explain(record: dict) -> str | None:
@@ -91,10 +106,11 @@ def explain(record: dict) -> str | None:
     if record["mbu"] is None:
         return sentence
     reason = " (the baseline leaves more of the bandwidth unused)" if record["speedup"] > ceiling else ""
-    return (
-        f"{sentence}{reason}; it uses {record['mbu']:.0%} of the measured read bandwidth; {record['overhead_ms']:.1f} of its "
-        f"{record['tpot_ms']:.1f} ms a token go elsewhere (arithmetic, Python, attention)"
-    )
+    sentence = f"{sentence}{reason}; it uses {record['mbu']:.0%} of the measured read bandwidth"
+    if record["overhead_ms"] <= 0:
+        return f"{sentence}, which was measured at a bad moment"
+    spent = f"{record['overhead_ms']:.1f} of its {record['tpot_ms']:.1f} ms a token"
+    return f"{sentence}; {spent} go elsewhere (arithmetic, Python, attention)"
 
 
 def explain_drafts(speculation: dict) -> str:

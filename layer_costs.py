@@ -23,6 +23,7 @@ import experiment
 import models
 import records
 import texts
+from devices import Unsupported
 from kernels import pruning_costs
 from kernels.calibration_cache import show_progress
 from kernels.int4 import nearest_change
@@ -55,6 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         ids = calibration.calibration_ids(model, tokens=TOKENS)
         costs = rounding_costs(model, ids)
         heads = head_costs(model) if args.heads else None
+    except Unsupported as error:  # of the heads alone, which come last
+        console.print(str(error), markup=False)
+        heads = None
     except ValueError as error:  # a damaged file
         cli.fail(parser, error)
     except KeyboardInterrupt:

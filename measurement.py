@@ -18,7 +18,7 @@ from worker import Job, RecipeError, WorkerProcess
 
 BASELINE = "baseline"
 SPEED_QUANTITIES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms", "tpot_ms")
-AXIS_PAIRS = 3
+AXIS_PAIRS = 6  # the fewest that an interval can be had from
 NOISE_PAIRS = 8  # judged on two quantities: with six pairs one sound run in sixteen would be called untrustworthy
 HEADROOM = 1.15  # a load needs this much more than its measured peak before it counts as fitting
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -79,7 +79,7 @@ class Measurement:
             self._guarded(self.baseline, self._measure_baseline)
             if self.baseline["status"] != "ok":
                 return
-            if aa:  # again when a run goes on: what is measured now is noisy as the machine is now
+            if aa:  # again when a run goes on: the machine may be noisier now
                 self._measure_noise_floor()
             for number, (name, steps) in enumerate(waiting.items(), 1):
                 console.print(f"[{number}/{len(waiting)}] {self.titles.get(name, name)}", style="bold", markup=False)
@@ -158,7 +158,7 @@ class Measurement:
         comparison = self._interleave(record["name"], side)
         self._fill_speed(record, comparison.variant)
         judgement.judge(record, self.baseline, comparison)
-        record["axes"] = self._measure_axes(record["name"], side)
+        record["axes"] = self._measure_axes(record, side)
         self.baseline_samples += comparison.baseline
         self._fill_speed(self.baseline, self.baseline_samples)
         self.store.save(self.baseline)
@@ -200,26 +200,37 @@ class Measurement:
                 budget_s=self.args.budget_s, progress=lambda done, _: status.update(f"{name}: timing, pair {done}"),
             )  # fmt: skip
 
-    def _measure_axes(self, name: str, side: Side) -> list[dict] | None:
-        """The other depths and batch sizes asked for, each as its own small interleaved comparison."""
+    def _measure_axes(self, record: dict, side: Side) -> list[dict] | None:
+        """The other depths and batch sizes asked for; what ends one (memory, time) ends them all, and nothing else."""
         points = []
         for depth, batch_size in self.args.axes:
-            where = {"depth": depth, "batch_size": batch_size}
-            with console.status(f"{name}: depth {depth}, batch {batch_size}"):
-                warm = [one.call("point", **where) for one in (self.baseline_side, side)]
-                comparison = interleave.interleave(
-                    lambda where=where: self.baseline_side.call("point", **where)["rates"],
-                    lambda where=where: side.call("point", **where)["rates"], pairs=AXIS_PAIRS, seed=self.args.seed,
-                )  # fmt: skip
-            ratio = comparison.ratio("decode_tokens_per_s")
-            medians = [statistics.median(sample.get("decode_tokens_per_s", 0) for sample in samples) or None
-                       for samples in (comparison.baseline, comparison.variant)]  # fmt: skip
-            points.append(where | {
-                "baseline_decode_tokens_per_s": medians[0], "decode_tokens_per_s": medians[1],
-                "speedup": ratio and ratio.median, "baseline_kv_cache_mb": warm[0]["kv_cache_mb"],
-                "kv_cache_mb": warm[1]["kv_cache_mb"],
-            })  # fmt: skip
+            where = f"depth {depth}, batch {batch_size}"
+            try:
+                with console.status(f"{record['name']}: {where}"):
+                    points.append(self._measure_point(depth, batch_size, side))
+            except RecipeError as error:
+                note = f"{where} and what comes after it were not measured: {error}"
+                record["notes"] = [*(record["notes"] or []), note]
+                console.print(f"  {note}", markup=False)
+                break
         return points or None
+
+    def _measure_point(self, depth: int, batch_size: int, side: Side) -> dict:
+        """A small interleaved comparison of its own."""
+        where = {"depth": depth, "batch_size": batch_size}
+        warm = [one.call("point", **where) for one in (self.baseline_side, side)]
+        comparison = interleave.interleave(
+            lambda: self.baseline_side.call("point", **where)["rates"], lambda: side.call("point", **where)["rates"],
+            pairs=AXIS_PAIRS, seed=self.args.seed,
+        )  # fmt: skip
+        ratio = comparison.ratio("decode_tokens_per_s")
+        medians = [statistics.median(sample.get("decode_tokens_per_s", 0) for sample in samples) or None
+                   for samples in (comparison.baseline, comparison.variant)]  # fmt: skip
+        return where | {
+            "baseline_decode_tokens_per_s": medians[0], "decode_tokens_per_s": medians[1],
+            "speedup": ratio and ratio.median, "speedup_ci": ratio and ratio.interval,
+            "baseline_kv_cache_mb": warm[0]["kv_cache_mb"], "kv_cache_mb": warm[1]["kv_cache_mb"],
+        }  # fmt: skip
 
     def _measure_noise_floor(self) -> None:
         """The baseline against itself: what this run would call a difference where there is none."""
@@ -233,7 +244,9 @@ class Measurement:
         finally:
             side.release()
             self.baseline_side.rival = None
-        self.store.aa = judgement.noise_floor(comparison)
+        noise = judgement.noise_floor(comparison)
+        earlier = self.store.aa if any(name != BASELINE for name in self.store.records) else None
+        self.store.aa = judgement.noisier(earlier, noise) if earlier else noise  # one line stands over old and new results
         console.print(f"  {judgement.noise_sentence(self.store.aa)}", markup=False)
 
     def _fill_speed(self, record: dict, samples: list[dict]) -> None:

@@ -65,8 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         print(point_line(record, curve.records.get(BASELINE)))
     charts.draw_all_own(args.results_dir)
     held.release()
-    statuses = {record["status"] for record in curve.records.values()}
-    return code or (1 if statuses & {"failed", "oom"} else 0)
+    return code or (1 if curve.statuses & {"failed", "oom"} else 0)
 
 
 def parse_shares(text: str) -> list[float]:
@@ -115,6 +114,7 @@ class Curve:
             console.print(f"NOTE  earlier points (measured differently) were moved to {moved_to}", markup=False)
         kept = [record for record in earlier.get("results", []) if same and is_valid(record) and record["status"] == "ok"]
         self.records = {record["name"]: record for record in kept}
+        self.statuses: set[str] = set()  # of what was measured now
 
     def measure(self, points: dict[str, tuple[str, Steps]], scratch: Path) -> None:
         """The baseline, whose answers the others are compared with, then each point that is not there yet."""
@@ -125,10 +125,13 @@ class Curve:
             with console.status(f"[{number}/{len(waiting)}] {title}"):
                 record = self._measure_point(name, title, steps, scratch)
             validate(record)
-            self.records[name] = record
-            records.save_json(self.file, self.head | {"results": list(self.records.values())})
+            failed_again = record["status"] != "ok" and name in self.records  # the baseline, which kept points need
+            if not failed_again:
+                self.records[name] = record
+                records.save_json(self.file, self.head | {"results": list(self.records.values())})
             console.print(f"[{number}/{len(waiting)}] {point_line(record, self.records[BASELINE])}", markup=False)
-            if self.records[BASELINE]["status"] != "ok":
+            self.statuses.add(record["status"])
+            if name == BASELINE and record["status"] != "ok":
                 return
 
     def _measure_point(self, name: str, title: str, steps: Steps, scratch: Path) -> dict:

@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         help="half precision of the recipes that use it (default: fp16 on CUDA and MPS, bf16 on CPU)")  # fmt: skip
     parser.add_argument("--stack", action="append", default=[], metavar="T:OPTION=VALUE,... + T",
         help="a stack of your own: techniques in order, with options of their apply; may be given several times")  # fmt: skip
+    parser.add_argument("--minutes", type=float, metavar="M",
+        help="end by then and name what was not reached; the same command goes on from there (default: no limit)")  # fmt: skip
     find.add_flags(parser)
     args = cli.parse(parser, argv)
     try:
@@ -63,6 +65,10 @@ def main(argv: list[str] | None = None) -> int:
         own = {stacks.file_name(text): stacks.parse_stack(text) for text in args.stack}
         if own and args.recipes is None and args.dtype != "auto":
             raise ValueError(f"--dtype {args.dtype}: write it into the stack, --stack mixed_precision:dtype={args.dtype}")
+        if args.minutes is not None and not 0 < args.minutes < float("inf"):
+            raise ValueError(f"--minutes {args.minutes:g}: choose a number above 0")
+        if args.minutes is not None and args.find:
+            raise ValueError("--minutes: a search takes --find-minutes")
         limits = find.check(args)
     except ValueError as error:
         cli.fail(parser, error)

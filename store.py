@@ -23,6 +23,8 @@ CONSOLIDATED = "consolidated_results.json"
 CACHE = ".cache"
 SCHEMA_FILE = Path(__file__).parent / "record.schema.json"
 RESULT_FILES = "*_results.json"
+# Of find.py, pruning_curve.py and layer_costs.py, which judge for themselves whether what they kept still holds.
+OTHERS_FILES = ("find_results.json", "equal_bytes_results.json", "layer_costs_results.json")
 
 
 class ResultsFolder:
@@ -48,7 +50,8 @@ class ResultsFolder:
             self.aa = earlier.get("aa")
         else:
             (self.cache / "reference.safetensors").unlink(missing_ok=True)
-            if moved_to := set_aside(folder, [*folder.glob(RESULT_FILES), *folder.glob("*_results.csv")]):
+            ours = [path for path in folder.glob(RESULT_FILES) if path.name not in OTHERS_FILES]
+            if moved_to := set_aside(folder, [*ours, *folder.glob("*_results.csv")]):
                 self.notice = f"earlier results (measured differently, or unreadable) were moved to {moved_to}"
 
     def close(self) -> None:

@@ -104,7 +104,8 @@ def bits_of(record: dict) -> int | None:
     if record["bytes_per_token"] is None:
         return None
     bits = 8 * record["bytes_per_token"] / STREAMED_WEIGHTS
-    return min((4, 8, 16, 32), key=lambda width: abs(width - bits))
+    nearest = min((4, 8, 16, 32), key=lambda width: abs(width - bits))
+    return nearest if abs(nearest - bits) <= 0.1 * nearest + 0.5 else None  # six bits have no peer
 
 
 def best_of_each(comparison: Comparison) -> list[dict]:

@@ -62,8 +62,12 @@ class Comparison:
                 for name in [name for name in names if bits_by_name(name) == bits]:
                     if len(self.alive) > 1 and self._short_of_memory(name):
                         self._measure_group()
-                    self._start(name)
+                    if BASELINE in self.alive:
+                        self._start(name)
                 self._measure_group()
+                if BASELINE not in self.alive:
+                    break
+            self._give_up([name for name in names if name not in self.records])
         finally:
             for process in self.alive.values():
                 process.close()
@@ -125,14 +129,18 @@ class Comparison:
                 break
         self.samples[BASELINE] += samples[BASELINE] + samples[AGAIN]
         if BASELINE not in self.alive:
-            for name in self.alive:
-                self.records[name].update(status="failed", reason="the baseline, which its rounds need, ended")
+            self._give_up(list(self.alive))
         elif samples[AGAIN]:
             self.noise.append(interleave.Comparison(samples[BASELINE], samples[AGAIN]))
         for name in [name for name in self.alive if name != BASELINE]:
             self.samples[name], self.rounds[name] = samples[name], samples[BASELINE]
             self._finish(name)
             self.alive.pop(name).close()
+
+    def _give_up(self, names: list[str]) -> None:
+        for name in names:
+            record = self.records.setdefault(name, self._new_record(name))
+            record.update(status="failed", reason="the baseline, which its rounds need, ended")
 
     def _finish(self, name: str) -> None:
         record = self.records[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def repro(script: str, argv: list[str]) -> str:
     for position, flag in enumerate(argv):
         if not flag.startswith(places) and (position == 0 or argv[position - 1] not in places):
             kept.append(flag)
-    return " ".join(["python", script, *kept])
+    return shlex.join(["python", script, *kept])
 
 
 def main(engine: str, docstring: str, argv: list[str] | None = None) -> int:

@@ -177,6 +177,8 @@ def test_stack_that_cannot_be(refused, stack, named):
         ["--find", "--new-tokens", "1"],
         ["--min-speedup", "2"],
         ["--find-minutes", "2"],
+        ["--minutes", "0"],
+        ["--find", "--minutes", "5"],
     ],
 )
 def test_search_that_cannot_be(refused, arguments):
@@ -239,6 +241,7 @@ def test_a_folder_without_safetensors(refused, tmp_path):
 def test_a_prompt_longer_than_the_models_positions(refused, tmp_path):
     model = save_tiny_model(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("short\n" + "word " * 200)
+    assert "reads no text" in refused(["-m", "tinyllama-random", "--prompts-file", tmp_path / "prompts.txt"])
     sentence = refused(["--model", model, "--quick", "--prompts-file", tmp_path / "prompts.txt"])
     assert "--prompts-file: the longest prompt" in sentence and "positions" in sentence
     config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 80}
@@ -252,7 +255,7 @@ def test_a_prompt_longer_than_the_models_positions(refused, tmp_path):
 ])  # fmt: skip
 def test_stacks_that_cannot_be(refused, stack):
     sentence = refused(["--stack", stack], module="run_optimization")
-    assert any(flag in sentence for flag in ("--stack", "--dtype", "--max-bits"))
+    assert any(flag in sentence for flag in ("--stack", "--dtype", "--max-bits", "--calibration-text"))
 
 
 def test_half_precision_of_a_stack_stands_in_the_stack(refused):

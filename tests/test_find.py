@@ -133,9 +133,20 @@ def test_a_stopped_search_goes_on_where_it_was(asked, searching):
     assert len(asked.names) == 10
 
 
-def test_without_lean_there_is_nothing_to_build_on(asked, searching):
-    asked.fail = {"lean": RecipeError("failed", "not this model")}
-    assert searching()[1] == {} and asked.names == ["baseline", "lean"]
+def test_without_lean_there_is_nothing_to_build_on(asked, searching, capsys):
+    """Nothing is measured then, and what is said is not that the baseline is the best."""
+    asked.fail = {"lean": RecipeError("interrupted", "the time for it was over")}
+    finder, picked, _ = searching()
+    assert picked == {} and asked.names == ["baseline", "lean"]
+    finder.conclude()
+    shown = capsys.readouterr().out
+    assert "Nothing was measured to the end" in shown and "Not reached" in shown and "int4-7bit" in shown
+
+
+def test_a_pick_of_part_of_the_search_is_called_so():
+    record = {"name": "a", "speedup": 2.0, "perplexity_retention": 0.99, "perplexity_retention_ci": None, "peak_memory_mb": 5.0}
+    assert find._verdict(record, None, Limits(0.97), whole=False).startswith("Best of what was measured so far: a")
+    assert "at least" not in find._verdict(record, None, Limits(0.97), whole=True)
 
 
 def test_a_quick_search_leaves_out_what_takes_minutes(asked, searching, monkeypatch):
@@ -155,6 +166,10 @@ def test_the_command_repeats_the_run_without_the_search(monkeypatch):
     )
     monkeypatch.setattr(sys, "argv", ["run_optimization.py", "--find", "--dtype", "bf16", "-m", "smollm2-135m"])
     assert find.command([]) == "python baseline.py -m smollm2-135m"
+    stack = "mixed_precision:dtype=bf16 + lean_decode"
+    assert find.command(find.stacks.parse_stack(stack)).endswith(f"-m smollm2-135m --stack '{stack}'"), (
+        "--dtype is refused there"
+    )
 
 
 def test_a_whole_search_on_a_tiny_model(tmp_path, monkeypatch, capsys):

@@ -8,6 +8,8 @@ import pytest
 
 import interleave
 from interleave import Ratio, summarise
+from measurement import Measurement
+from worker import RecipeError
 
 QUANTITY = "decode_tokens_per_s"
 
@@ -205,3 +207,20 @@ def test_without_precision_exactly_the_pairs_asked_for():
         progress=lambda done, comparison: told.append((done, len(comparison.variant))),
     )
     assert told == [(1, 1), (2, 2), (3, 3)]
+
+
+def test_an_axis_point_that_fails_costs_no_finished_result():
+    """Memory for the largest batch is short: the points before it stay, and the record says why there are no more."""
+
+    class Side:
+        def call(self, _command, depth, batch_size):
+            if batch_size > 1:
+                raise RecipeError("oom", "no room")
+            return {"rates": {"decode_tokens_per_s": 5.0 + depth / 512, "prefill_tokens_per_s": 1.0}, "kv_cache_mb": 1.0}
+
+    measurement = Measurement.__new__(Measurement)
+    measurement.args, measurement.baseline_side = SimpleNamespace(axes=[(512, 1), (0, 4), (512, 4)], seed=0), Side()
+    record = {"name": "a", "notes": ["one"]}
+    points = measurement._measure_axes(record, Side())
+    assert [(point["depth"], point["batch_size"]) for point in points] == [(512, 1)] and points[0]["speedup_ci"] == [1, 1]
+    assert record["notes"][1] == "depth 0, batch 4 and what comes after it were not measured: no room"

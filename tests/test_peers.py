@@ -208,3 +208,26 @@ def test_rounds_compare_within_a_group_and_survive_a_failure(tmp_path, monkeypat
     assert len(saved["results"]) == 4 and (tmp_path / "visualizations" / "peers.png").exists()
     best = compare.ratio(comparison, "int8", "llama_cpp_q8_0", "decode_tokens_per_s")
     assert best["ratio"] == pytest.approx(1.25) and best["verdict"] == "faster"
+
+
+def test_what_was_measured_outlives_the_baseline(tmp_path, monkeypatch):
+    """It ends in the second group: the first is kept, everything else has a reason."""
+    baseline = FakeSide(5.0)
+    monkeypatch.setattr(rounds, "SETTLE_S", 0)
+    monkeypatch.setattr(rounds.Comparison, "_process", lambda self, name: baseline if name == "baseline" else FakeSide(20.0))
+    monkeypatch.setattr(rounds.Comparison, "_short_of_memory", lambda self, name: False)
+    finish = rounds.Comparison._finish
+
+    def finish_then_end(self, name):
+        finish(self, name)
+        baseline.speed = -1.0
+
+    monkeypatch.setattr(rounds.Comparison, "_finish", finish_then_end)
+    args = standalone.build_parser("").parse_args(["-o", str(tmp_path)])
+    args.repeats, args.workload, args.bandwidth_gb_per_s = 6, Workload(repeats=6), 20.0
+    comparison = rounds.Comparison(args, str(tmp_path))
+    comparison.run(["int4+lean", "int8", "mixed_precision"])
+    statuses = {name: record["status"] for name, record in comparison.records.items()}
+    assert statuses == {"baseline": "failed", "int4+lean": "ok", "int8": "failed", "mixed_precision": "failed"}
+    assert "the baseline, which its rounds need" in comparison.records["mixed_precision"]["reason"]
+    compare.write(compare.gather(comparison, {"cpu": "Imaginary 9000"}), tmp_path)

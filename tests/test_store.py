@@ -41,6 +41,25 @@ def test_a_record_that_breaks_the_schema_is_not_written(tmp_path, broken):
     assert not list(tmp_path.glob("*_results.json"))
 
 
+def test_what_other_scripts_keep_is_theirs(tmp_path):
+    """A search that was stopped before any recipe was measured, or a curve: nothing of it is moved by the next run."""
+    for name in ("find", "equal_bytes", "layer_costs"):
+        (tmp_path / f"{name}_results.json").write_text("{}")
+    (tmp_path / "int8_results.json").write_text("{}")
+    store = opened(tmp_path)
+    assert (tmp_path / "find_results.json").exists() and len(list(tmp_path.glob("*_results.json"))) == 3
+    assert "were moved" in store.notice
+
+
+@pytest.mark.parametrize(("earlier", "later", "kept"), [
+    ((True, 0.9, 1.1), (True, 0.98, 1.02), 0), ((True, 0.9, 1.1), (False, 1.01, 1.02), 1),
+    ((False, 0.9, 0.99), (True, 0.5, 2.0), 0),
+])  # fmt: skip
+def test_the_worse_noise_floor_stands_over_old_and_new_results(earlier, later, kept):
+    entries = [{"trustworthy": good, "speedup_ci": ends, "prefill_speedup_ci": ends} for good, *ends in (earlier, later)]
+    assert judgement.noisier(*entries) is entries[kept]
+
+
 def test_finished_recipes_are_found_again(tmp_path):
     opened(tmp_path).save(a_record())
     again = opened(tmp_path)
