@@ -8,7 +8,7 @@
 
 #include "blocks.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && __has_include(<amxtileintrin.h>)  // GCC 11, Clang 12 and newer
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -183,6 +183,7 @@ void keep(const float* row, int64_t d, const Tensor& cache, float* scales, int64
 void check_cache(const char* op, const Tensor& cache, const optional<Tensor>& scale, int64_t length) {
   const bool int8 = cache.scalar_type() == at::kChar;
   TORCH_CHECK(cache.dim() == 4 && cache.is_cpu() && cache.is_contiguous() && length <= cache.size(2) &&
+                  cache.size(1) > 0 && cache.size(3) > 0 &&
                   (int8 || cache.scalar_type() == at::kFloat || cache.scalar_type() == at::kBFloat16),
               op, ": keys and values must be contiguous float32, bfloat16 or int8 [B, Hkv, capacity, d], got ",
               cache.scalar_type(), " ", cache.sizes(), " for ", length, " tokens");
@@ -196,7 +197,8 @@ void check_attention(const char* op, const Tensor& q, const Tensor& keys, const 
                      const optional<Tensor>& key_scale, const optional<Tensor>& value_scale, int64_t length) {
   check_cache(op, keys, key_scale, length);
   check_cache(op, values, value_scale, length);
-  TORCH_CHECK(q.dim() == 4 && q.scalar_type() == at::kFloat && q.is_cpu() && q.is_contiguous() && q.size(0) == keys.size(0) &&
+  TORCH_CHECK(length > 0 && q.dim() == 4 && q.scalar_type() == at::kFloat && q.is_cpu() && q.is_contiguous() &&
+                  q.size(0) == keys.size(0) &&
                   q.size(3) == keys.size(3) && q.size(1) <= length && keys.sizes() == values.sizes() &&
                   keys.scalar_type() == values.scalar_type(),
               op, ": q must be contiguous float32 [B, T, Hq, d] for keys ", keys.sizes(), ", got ", q.sizes());
@@ -205,9 +207,11 @@ void check_attention(const char* op, const Tensor& q, const Tensor& keys, const 
 std::vector<int64_t> kv_heads_of(const char* op, const optional<Tensor>& kv_of_head, int64_t heads, int64_t kv_heads) {
   TORCH_CHECK(kv_of_head ? kv_of_head->numel() == heads : heads % kv_heads == 0, op, ": ", heads, " query heads on ",
               kv_heads, " KV heads need a map");
+  const Tensor whole = kv_of_head ? kv_of_head->contiguous() : Tensor();
+  const int64_t* map = kv_of_head ? whole.const_data_ptr<int64_t>() : nullptr;
   std::vector<int64_t> kv(heads);
   for (int64_t head = 0; head < heads; ++head) {
-    kv[head] = kv_of_head ? kv_of_head->const_data_ptr<int64_t>()[head] : head / (heads / kv_heads);
+    kv[head] = map ? map[head] : head / (heads / kv_heads);
     TORCH_CHECK(kv[head] >= 0 && kv[head] < kv_heads, op, ": no KV head ", kv[head]);
   }
   return kv;

@@ -27,7 +27,7 @@ struct Block {
   const uint16_t* w_min[kPair];    // [groups, kChannels] or null
   float* out;            // [kMaxBlockRows, kPair * kChannels], overwritten
   const char* next;      // what the next pair's turn will read, a part of it for each call
-  int64_t next_lines;    // lines of it to fetch at each tile along K (AMX), or 64 inputs (vectors)
+  int64_t next_lines;    // lines of it to fetch at each tile along K (AMX), or every 64 bytes of a row (vectors)
 };
 using BlockFn = void (*)(const Block&);
 
@@ -51,7 +51,7 @@ TARGET_AVX512 void expand_int4(const void* from, int64_t lines, char* to) {
   }
 }
 
-TARGET_AVX512 inline __m512i bf16_bits(__m512 v) {  // round to nearest, ties to even; not for NaN
+TARGET_AVX512 inline __m512i bf16_bits(__m512 v) {  // round to nearest, ties to even; NaN only as of a bf16 scale
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   return _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);

@@ -56,7 +56,8 @@ def _load_once() -> str | None:
             _compile(library)
         torch.ops.load_library(library)
         _register_fakes()
-        return _self_check()
+        with torch.device("cpu"):  # whatever the default is
+            return _self_check()
     except Exception as error:  # a kernel is an accelerator: whatever goes wrong, the twins still work
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"C++ kernels are not available: {first_line}"
@@ -87,10 +88,12 @@ def _library_path() -> Path:
     for path in (*SOURCES, *HEADERS):
         key.update(path.read_bytes())
     key.update(repr((torch.__version__, _compiler(), _flags(), platform.machine(), sys.platform)).encode())
-    from torch.utils import cpp_extension  # slow to import, and not needed when the kernels are switched off
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if not root:
+        from torch.utils import cpp_extension  # slow to import
 
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    return root / f"tinyopt_{key.hexdigest()[:16]}.so"
+        root = cpp_extension.get_default_build_root()
+    return Path(root) / f"tinyopt_{key.hexdigest()[:16]}.so"
 
 
 def _compile(library: Path) -> None:
@@ -106,6 +109,8 @@ def _compile(library: Path) -> None:
         _run_all([[*compiler, "-c", *includes, str(source), "-o", to] for source, to in zip(SOURCES, objects, strict=True)])
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
         _run_all([[*compiler, *objects, "-o", str(built), *libraries, "-ltorch_cpu", "-lc10"]])
+        with built.open("rb") as file:
+            os.fsync(file.fileno())  # half a library, as a power failure would leave it, crashes who loads it
         built.replace(library)
 
 
@@ -178,7 +183,7 @@ def _self_check() -> str | None:
     )
     ops = torch.ops.tinyopt
     for rows in (1, 40):
-        x = torch.tensor([127.0, -127.0]).repeat(rows)[:rows, None].expand(rows, k)
+        x = torch.tensor([127.0, -127.0], dtype=torch.float32).repeat(rows)[:rows, None].expand(rows, k)
         expected = (x[:, :1] * (127 * k * signs)).float()
         int4 = x[:, :1] * k * (signs + 1) * 15 / 2
         products = {

@@ -1,4 +1,4 @@
-// Products of up to 16 rows: each panel of a weight passes once through the cache and is multiplied with all of them.
+// Products of few rows (of any number, where no loop for many exists): each panel of a weight passes once through the cache and is multiplied with all of them.
 //
 // One row and sixteen take the same sums in the same order, so that a draft that is checked at once comes out as one token
 // at a time would. Also here: what a product of many rows (many_rows.h) shares with it.

@@ -87,7 +87,8 @@ def int8_weight_only_reference(
 ) -> torch.Tensor:
     """The twin of int8_weight_only_linear: float32 activations [..., K]. Otherwise like int8_linear_reference.
 
-    More than 16 rows are rounded to bfloat16 on a CPU that has an instruction for it; the twin does not round.
+    On a CPU that multiplies bfloat16, more than 16 rows are rounded to it, and so are weights times their groups' scales; the
+    twin does not round.
     """
     return F.linear(x.float(), dequantize_groups(weight, scale, group_size), bias)
 

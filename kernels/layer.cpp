@@ -47,11 +47,13 @@ TARGET_AVX2 void norm_avx2(float* x, const float* add, const float* w, int64_t h
 
 // residual float32 [..., H] becomes residual + update; returns its RMSNorm times weight [H].
 Tensor add_rms_norm(const Tensor& residual, const optional<Tensor>& update, const Tensor& weight, double eps) {
-  const int64_t h = weight.numel(), m = residual.numel() / h;
-  TORCH_CHECK(residual.scalar_type() == at::kFloat && residual.is_contiguous() && weight.scalar_type() == at::kFloat &&
-                  residual.numel() == m * h && (!update || (update->scalar_type() == at::kFloat && update->is_contiguous() &&
+  const int64_t h = weight.numel();
+  TORCH_CHECK(h > 0 && residual.dim() > 0 && residual.size(-1) == h && weight.is_contiguous() &&
+                  residual.scalar_type() == at::kFloat && residual.is_contiguous() && weight.scalar_type() == at::kFloat &&
+                  (!update || (update->scalar_type() == at::kFloat && update->is_contiguous() &&
                                                             update->numel() == residual.numel())),
               "add_rms_norm: residual, update and weight must be contiguous float32");
+  const int64_t m = residual.numel() / h;
   Tensor out = at::empty(residual.sizes(), at::kFloat);
   float *x = residual.mutable_data_ptr<float>(), *y = out.mutable_data_ptr<float>(), e = static_cast<float>(eps);
   const float *add = update ? update->const_data_ptr<float>() : nullptr, *w = weight.const_data_ptr<float>();
@@ -138,7 +140,9 @@ void decoder_layer(const Tensor& residual, at::TensorList norms, at::TensorList 
   const Tensor attended = attend(q, keys, values, key_scale, value_scale, past + tokens, scaling, kv_of_head);
   const Tensor inputs = add_rms_norm(residual, product(1, attended), norms[1], eps);
   const std::vector<Tensor> halves = product(2, inputs).chunk(2, -1);
+  TORCH_CHECK(halves.size() == 2, "decoder_layer: gate and up come as one product of an even width");
   const Tensor down = product(3, silu_mul(halves[0], halves[1]));
+  TORCH_CHECK(down.numel() == residual.numel(), "decoder_layer: down must be as wide as the residual stream");
   float* x = residual.mutable_data_ptr<float>();
   const float* add = down.const_data_ptr<float>();
   for (int64_t i = 0; i < residual.numel(); ++i) x[i] += add[i];

@@ -1,4 +1,4 @@
-// The inner loops for many rows in vector registers, on CPUs with AVX512 but without matrix units.
+// The inner loops for many rows in vector registers, on CPUs with AVX512 but without matrix units, and where groups fill no tiles.
 //
 // Each line of a panel and each broadcast of a row is used several times: 6 rows x 2 panels of integer sums leave registers for
 // the float32 sums over groups, 8 x 2 sums of bfloat16 products hide their latency. Measured on Zen 4, where one product a

@@ -1,4 +1,4 @@
-// The inner loops for few rows: up to `kRows` rows times a panel of 16 output channels, over all inputs.
+// The inner loops for few rows: up to `kMaxRows` rows times a panel of 16 output channels, over all inputs.
 //
 // They exist for AVX2 and in portable C++ here, for AVX512-VNNI in tiles_avx512.h, and are chosen at run time: a library
 // built on one machine may be loaded by another CPU of the same family.

@@ -6,6 +6,7 @@ from conftest import logits_of, make_tiny, stepwise_logits
 from transformers import DynamicCache
 
 from kernels import attention, step
+from kernels.build import load_kernels
 from kernels.kv_cache import RoomyLayer
 from optimizations import head_pruning
 from optimizations.kv_cache_quant import Int8CacheLayer
@@ -114,3 +115,23 @@ def test_wider_heads_than_the_kernels_have_room_for(ids):
     expected = logits_of(model, ids)
     attention.use_grouped_heads(model)
     assert (logits_of(model, ids) - expected).abs().max() < 1e-4
+
+
+def test_nothing_to_attend_to_is_refused():
+    """A call without a token, or with a map of heads that has gaps: a sentence instead of a division by zero."""
+    if reason := load_kernels():
+        pytest.skip(reason)
+    cache, q = torch.zeros(1, 2, 8, 16), torch.zeros(1, 0, 4, 16)
+    with pytest.raises(RuntimeError, match="attend: q must be"):
+        torch.ops.tinyopt.attend(q, cache, cache, None, None, 0, 1.0, None)
+    heads = torch.tensor([0, 9, 1, 9, 0, 9, 1, 9])[::2]
+    out = torch.ops.tinyopt.attend(q.new_ones(1, 1, 4, 16), cache, cache + 1, None, None, 1, 1.0, heads)
+    assert torch.equal(out, torch.ones(1, 1, 64))
+
+
+def test_a_norm_of_another_width_is_refused():
+    if reason := load_kernels():
+        pytest.skip(reason)
+    for weight in (torch.ones(4), torch.ones(12)[::2]):
+        with pytest.raises(RuntimeError, match="add_rms_norm"):
+            torch.ops.tinyopt.add_rms_norm(torch.ones(2, 6), None, weight, 1e-5)
