@@ -100,11 +100,10 @@ def _by_depth(consolidated, record, batch_size):
 
 
 def _speedups(consolidated, record, batch_size):
-    """depth -> interval of the speed-up over the baseline, taken in turns with it; one figure twice where it has none."""
+    """depth -> interval of the speed-up over the baseline, taken in turns with it; None where too few pairs were."""
     points = [p for p in record.get("axes") or [] if p["batch_size"] == batch_size]
     main = {"depth": number(consolidated.get("workload"), "depth") or 0, **record}
-    found = {p["depth"]: interval(p, "speedup_ci") or 2 * (number(p, "speedup"),) for p in [main, *points]}
-    return {depth: ends for depth, ends in sorted(found.items()) if None not in ends}
+    return {p["depth"]: interval(p, "speedup_ci") for p in [main, *points]}
 
 
 def _crossover(name, rival, speedups):
@@ -113,8 +112,8 @@ def _crossover(name, rival, speedups):
     `speedups` depth -> (the rival's interval, its own): tokens per second of two recipes were read minutes apart, their
     speed-ups each in turns with the baseline.
     """
-    if not speedups:
-        return f"{name}: not compared with {rival}."
+    if any(None in ends for ends in speedups.values()):
+        return f"{name}: too few pairs to tell its speed from that of {rival}."
     deepest = max(speedups)
     for word, holds in (
         ("faster than", lambda theirs, ours: ours[0] > theirs[1]),

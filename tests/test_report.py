@@ -388,7 +388,10 @@ def test_axis_charts_name_the_crossover(results, tmp_path):
     rival["axes"] = [entry | {"speedup_ci": [1.1, 1.2]} for entry in cache["axes"]]
     said_of = said(axis_charts.depth_speed(results, [stack, rival]))
     assert "Both: no crossover up to a depth of 512: slower than Int8 alone there" in said_of, "faster at depth 0 only"
-    rival |= {"speedup_ci": [1.1, 1.2], "axes": [entry | {"speedup": 0.96, "speedup_ci": None} for entry in cache["axes"]]}
+    rival["axes"] = [entry | {"speedup": 0.96, "speedup_ci": None} for entry in cache["axes"]]
+    text = said(axis_charts.depth_speed(results, [stack, rival]))
+    assert "Both: too few pairs to tell its speed from that of Int8 alone" in text
+    rival |= {"speedup_ci": [1.1, 1.2], "axes": [entry | {"speedup_ci": [0.95, 0.97]} for entry in cache["axes"]]}
     assert "Both: faster than Int8 alone from a depth of 512 on" in said(axis_charts.depth_speed(results, [stack, rival]))
     rival["axes"] = [entry | {"speedup": 0.96, "speedup_ci": [0.95, 1.02]} for entry in cache["axes"]]
     text = said(axis_charts.depth_speed(results, [stack, rival]))
