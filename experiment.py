@@ -31,7 +31,7 @@ def run(
     `args` come from `cli.parse`. With `aa`, the baseline is also compared with itself: the run's noise floor. `search` is
     asked for further recipes once the folder is open and everything is prepared.
     """
-    folder, started, minutes = Path(args.results_dir), time.time(), getattr(args, "minutes", None)
+    folder, minutes = Path(args.results_dir), getattr(args, "minutes", None)
     try:
         for steps in recipes.values():
             check_steps(steps, args.config)
@@ -54,7 +54,7 @@ def run(
                 args, prepared=prepared, tokenizer=tokenizer, store=store, scratch=Path(scratch), titles=titles or {},
                 repro=repro, bandwidth_gb_per_s=environment["read_bandwidth_gb_per_s"],
             )  # fmt: skip
-            measurement.deadline = started + 60 * minutes if minutes else None
+            measurement.deadline = time.time() + 60 * minutes if minutes else None  # whatever was downloaded before
             if search is not None:
                 recipes = recipes | search(measurement)
             if recipes or search is None:

@@ -114,6 +114,8 @@ class Finder:
 
     def conclude(self) -> None:
         """The front, the choice and the command that repeats it: on the terminal and in the file."""
+        if not self.state:
+            return  # stopped before it began: what an earlier search kept stays as it is
         try:
             measured = readings.load_results(self.args.results_dir)["results"]
         except ValueError:
