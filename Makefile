@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.requirements
 
-.PHONY: run test sanitize setup lint
+.PHONY: run test sanitize setup lint interpreter
 
 setup: $(STAMP)
 
@@ -26,12 +26,18 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# Triton, which torch's build for CUDA brings along, also on a Linux without a GPU: its interpreter then runs the kernels for
+# one. Tests of these are skipped where it cannot be had.
+interpreter: setup
+	-@if [ "$$(uname -s)" = Linux ] && ! $(BIN)/python -c "import triton" 2>/dev/null; then \
+		$(BIN)/python -m pip install --quiet --no-deps triton==3.7.1; fi
+
 # Files of tests side by side: one process cannot use two cores, as tiny models run on one thread. In the order of their
 # names: the default, most tests first, leaves the few slow ones of test_faults.py to one process at the end.
-test: setup lint
+test: setup lint interpreter
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# The interpreter itself is not instrumented: the sanitisers' libraries are loaded before it, and what it leaks is not looked for.
+# Python itself is not instrumented: the sanitisers' libraries are loaded before it, and what it leaks is not looked for.
 # Classic is left out: torch's own product, whose rounding is upset by sums in another order.
 SANITIZERS = $(shell for name in asan ubsan; do $(or $(CXX),g++) -print-file-name=lib$$name.so; done)
 sanitize: setup

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -34,6 +35,13 @@ def load_kernels() -> str | None:
     if os.environ.get("TINYOPT_NO_KERNELS") == "1":
         return "C++ kernels are switched off by TINYOPT_NO_KERNELS=1"
     return _load_once()
+
+
+def gpu_kernels() -> str | None:
+    """None where a CUDA device can run the Triton kernels, which compile themselves, else one sentence with the reason."""
+    if os.environ.get("TINYOPT_NO_KERNELS") == "1":
+        return "Triton kernels are switched off by TINYOPT_NO_KERNELS=1"
+    return None if find_spec("triton") else "Triton is not installed (on Linux it comes with torch's build for CUDA)"
 
 
 def cpu_variant() -> str:
@@ -108,10 +116,19 @@ def _compile(library: Path) -> None:
         compiler = [_compiler(), *_flags()]
         _run_all([[*compiler, "-c", *includes, str(source), "-o", to] for source, to in zip(SOURCES, objects, strict=True)])
         libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
-        _run_all([[*compiler, *objects, "-o", str(built), *libraries, "-ltorch_cpu", "-lc10"]])
+        _run_all([[*compiler, *objects, "-o", str(built), *libraries, "-ltorch_cpu", "-lc10", *_standard_library()]])
         with built.open("rb") as file:
             os.fsync(file.fileno())  # half a library, as a power failure would leave it, crashes who loads it
         built.replace(library)
+
+
+def _standard_library() -> list[str]:
+    """What makes the linker take the C++ library that torch has loaded. Where only its static twin is installed for compiling,
+    the kernels would carry a copy of their own, and the first error message that one of them writes would crash."""
+    if sys.platform != "linux":
+        return []
+    found = subprocess.run([_compiler(), "-print-file-name=libstdc++.so"], capture_output=True, text=True, check=False).stdout
+    return [] if "/" in found else ["-l:libstdc++.so.6"]
 
 
 def _run_all(commands: list[list[str]]) -> None:

@@ -9,7 +9,15 @@ minimum have been rounded to bfloat16, so that nothing is lost between choosing 
 import torch
 import torch.nn.functional as F
 
-from kernels.int8 import kernel_is_fastest, kernels_run, quantize_groups, shaped_like
+from kernels.int8 import (
+    dequantize_groups,
+    finish,
+    gpu_kernel_serves,
+    kernel_is_fastest,
+    kernels_run,
+    quantize_groups,
+    shaped_like,
+)
 from kernels.packing import pack_nibble_panels, pack_scales, unpack_nibble_panels, unpack_scales
 
 LEVELS = 15
@@ -142,7 +150,15 @@ def int4_linear(
     rows = x.reshape(-1, x.shape[-1])
     if packed.dim() == 4 and kernels_run(x) and kernel_is_fastest(rows):
         return shaped_like(x, torch.ops.tinyopt.int4_linear(rows, packed, scale, minimum, n, group_size, bias))
-    return int4_linear_reference(x, *unpack(packed, scale, minimum, n, x.shape[-1]), group_size, bias)
+    plain = *unpack(packed, scale, minimum, n, x.shape[-1]), group_size
+    if x.device.type == "cpu":
+        return int4_linear_reference(x, *plain, bias)
+    if gpu_kernel_serves(rows, group_size):
+        from kernels import triton_products  # its import needs Triton
+
+        return finish(triton_products.int4_product(rows, packed, scale, minimum, group_size), x, bias)
+    # The same integers times the same scales, multiplied in one float32 product: the twin takes several calls for every group.
+    return F.linear(dequantize_groups(*quantize_groups(x, group_size), group_size), dequantize_int4(*plain), bias)
 
 
 def _grouped(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 
 from kernels import device_int8
-from kernels.build import cpu_variant, load_kernels
+from kernels.build import cpu_variant, gpu_kernels, load_kernels
 from kernels.packing import pack_panels, pack_scales, unpack_panels, unpack_scales
 
 # 1024 products of 127 * 127 stay below 2^24, so that float32 adds them exactly. It must be float32: integer matmul has
 # no fast path on a CPU and none at all on CUDA, and MPS has no float64.
 EXACT_CHUNK = 1024
 BF16_VARIANTS = ("amx", "avx512_bf16")  # these multiply many rows in bfloat16
+GPU_KERNEL_ROWS = 16  # ... on a CUDA device: many rows are arithmetic, which torch does best with expanded weights
 PORTABLE_KERNEL_ROWS = 4  # the portable variant reads few bytes too, but is no match for a GEMM
 BLOCK_BYTES = 2 << 20  # of dequantised weights at a time: they stay in the cache until they are multiplied
 
@@ -118,10 +119,16 @@ def int8_linear(
     rows = x.reshape(-1, x.shape[-1])
     if weight.dim() == 4 and kernels_run(x) and kernel_is_fastest(rows):
         return shaped_like(x, torch.ops.tinyopt.int8_linear(rows, weight, scale, n, group_size, bias))
-    if x.device.type != "cpu" and device_int8.serves("dynamic", weight, scale):
-        q, x_scale = quantize_groups(rows, group_size)
-        return finish(device_int8.dynamic_product(q, x_scale, weight, scale), x, bias)
-    return int8_linear_reference(x, *unpack(weight, scale, n, x.shape[-1]), group_size, bias)
+    if x.device.type == "cpu":
+        return int8_linear_reference(x, *unpack(weight, scale, n, x.shape[-1]), group_size, bias)
+    if gpu_kernel_serves(rows, group_size):
+        return finish(_triton().int8_product(rows, weight, scale, group_size, int8_activations=True), x, bias)
+    quantized = quantize_groups(rows, group_size)
+    if device_int8.serves("dynamic", weight, scale):
+        return finish(device_int8.dynamic_product(*quantized, weight, scale), x, bias)
+    # The same integers times the same scales, multiplied in one float32 product: the twin takes three calls for every group.
+    rounded = dequantize_groups(*quantized, group_size).view(x.shape)
+    return int8_weight_only_reference(rounded, weight, scale, group_size, bias)
 
 
 def int8_weight_only_linear(
@@ -129,7 +136,10 @@ def int8_weight_only_linear(
 ) -> torch.Tensor:
     """Multiplies float activations [..., K] with int8 weights: float32 [..., n]. Weight and scale plain or packed."""
     rows = x.reshape(-1, x.shape[-1])
-    if x.device.type != "cpu" and device_int8.serves("weight-only", weight, scale):
+    if x.device.type != "cpu" and gpu_kernel_serves(rows, group_size if scale.shape[1] > 1 else GPU_KERNEL_ROWS):
+        return finish(_triton().int8_product(rows, weight, scale, group_size, int8_activations=False), x, bias)
+    few = x.device.type == "mps" or len(rows) <= GPU_KERNEL_ROWS  # CUDA's operator takes ten times as long for a prompt
+    if x.device.type != "cpu" and few and device_int8.serves("weight-only", weight, scale):
         return finish(device_int8.weight_only_product(rows, weight, scale), x, bias)
     if weight.dim() != 4 or not kernels_run(x):
         return int8_weight_only_reference(x, *unpack(weight, scale, n, x.shape[-1]), group_size, bias)
@@ -176,6 +186,19 @@ def _variant() -> str:
 def kernel_is_fastest(rows: torch.Tensor) -> bool:
     """Whether no other way multiplies so many rows faster: everywhere but in portable C++, where only few are worth it."""
     return _variant() != "portable" or rows.shape[0] <= PORTABLE_KERNEL_ROWS
+
+
+def gpu_kernel_serves(rows: torch.Tensor, group_size: int) -> bool:
+    """Whether a Triton kernel multiplies these few rows: on a CUDA device, in groups of a power of two."""
+    few = rows.device.type == "cuda" and len(rows) <= GPU_KERNEL_ROWS
+    return few and gpu_kernels() is None and _triton().serves_group(group_size)
+
+
+def _triton():
+    """kernels/triton_products.py, whose import needs Triton."""
+    from kernels import triton_products
+
+    return triton_products
 
 
 def multiply_in_blocks(rows: torch.Tensor, n: int, expand: Callable[[int, int], torch.Tensor]) -> torch.Tensor:

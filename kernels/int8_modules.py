@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kernels.build import cpu_variant, load_kernels
+from kernels.build import cpu_variant, gpu_kernels, load_kernels
 from kernels.device_int8 import serves
 from kernels.int8 import dequantize_groups, int8_linear, int8_weight_only_linear, pack, quantize_groups
 from kernels.packing import panel_rows, scale_rows
@@ -112,6 +112,8 @@ def _scale_of_all(weight: torch.Tensor) -> torch.Tensor:
 
 def kernel_note(device: torch.device, scheme: str) -> str:
     """Which arithmetic runs on `device`: for the record's notes."""
+    if device.type == "cuda" and scheme != "dynamic" and gpu_kernels() is None:
+        return "Triton kernels for few tokens, float32 products of expanded weights for many"
     if device.type != "cpu":
         sample = torch.zeros(8, 8, dtype=torch.int8, device=device), torch.ones(8, 2 if scheme == "grouped" else 1)
         return f"torch's own operator on {device.type}" if serves(scheme, *sample) else f"PyTorch twin on {device.type}"

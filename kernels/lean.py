@@ -12,6 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from devices import trim_heap
 from kernels.attention import WIDEST_HEAD
+from kernels.build import gpu_kernels
 from kernels.fusing import fuse
 from kernels.int8 import kernels_run
 from kernels.kv_cache import RoomyCache
@@ -34,6 +35,11 @@ class LeanForward:
             self.layers.append(_Layer(layer))
             trim_heap()  # joined products are new tensors; else what they replace stays resident, layer after layer
         self.final_norm = _norm_weight(model.model.norm)
+        self.device_step = None
+        if model.device.type == "cuda" and gpu_kernels() is None:
+            from kernels.device_step import DeviceStep  # its import needs Triton
+
+            self.device_step = DeviceStep(self)
 
     @property
     def fused(self) -> int:
@@ -65,6 +71,8 @@ class LeanForward:
 
     def logits(self, input_ids: torch.Tensor, cache: RoomyCache, *, last: int = 1) -> torch.Tensor:
         """int64 [B, T] -> [B, last, V], or of all T tokens with `last` 0; the tokens' keys and values join `cache`."""
+        if self.device_step is not None and self.device_step.serves(input_ids):
+            return self.device_step(input_ids, cache)[:, -last:]
         residual = self.model.get_input_embeddings()(input_ids).float().contiguous()
         update = None
         whole = input_ids.shape[1] <= FEW_ROWS and kernels_run(residual)

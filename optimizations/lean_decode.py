@@ -7,7 +7,10 @@ Helps   Most where a token costs least: small models, few bytes. It changes no w
 Cache   Keys and values are kept in bfloat16 (`--kv-dtype float32` for exactness), unless kv_cache_quant came before and
         keeps them in int8. Attention folds the int8 scales into scores and probabilities; nothing is expanded first.
 Serves  `generate` too: greedy, sampling, beams. Padded batches go through transformers' own forward, with the same cache.
-Loses   Nothing measured, on a CPU with the kernels. Elsewhere the PyTorch twins of the operators run: correct, hardly faster.
+CUDA    A GPU waits for Python: 20 ms a token for an H200, which could read the weights in one. Steps of up to 16 tokens are
+        recorded as a CUDA graph of Triton kernels (kernels/device_step.py) and replayed with one call.
+Loses   Nothing measured, on a CPU with the kernels. Elsewhere (MPS, a prompt on CUDA, no Triton) the PyTorch twins of the
+        operators run: correct, hardly faster.
         A layer whose q, k and v are not of one precision (int4 with int8 layers named by hand) cannot be one call.
 Papers  Pope et al. 2022, inference as reading weights: https://arxiv.org/abs/2211.05102; Dao et al. 2022, FlashAttention's
         running softmax: https://arxiv.org/abs/2205.14135
@@ -23,7 +26,7 @@ import torch
 
 import cli
 from inference import Inference
-from kernels.build import cpu_variant, load_kernels
+from kernels.build import cpu_variant, gpu_kernels, load_kernels
 from kernels.kv_cache import RoomyCache, RoomyLayer
 from kernels.lean import LeanForward, use_lean_forward
 
@@ -56,7 +59,11 @@ def apply(model, *, kv_dtype: str = "bfloat16"):
     lean = use_lean_forward(model)
     if getattr(model, "make_cache", None) is None:
         model.make_cache = CACHES[kv_dtype]
-    how = load_kernels() or f"C++ kernels, {cpu_variant()}" if model.device.type == "cpu" else "PyTorch twins"
+    how = "PyTorch twins"
+    if model.device.type == "cpu":
+        how = load_kernels() or f"C++ kernels, {cpu_variant()}"
+    elif model.device.type == "cuda":
+        how = gpu_kernels() or "Triton kernels in a CUDA graph for few tokens, PyTorch's own for many"
     note = f"lean forward: {lean.fused} fused products, KV cache {model.make_cache.__name__}; {how}"
     model.notes = [*getattr(model, "notes", []), note]
     return model

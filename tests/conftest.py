@@ -14,6 +14,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: kernels for CUDA then run on the CPU, slowly
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import models

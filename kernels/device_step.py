@@ -1,0 +1,127 @@
+"""A decode step on a CUDA device: recorded once as a CUDA graph, then replayed with a single call.
+
+A GPU reads TinyLlama's half-precision weights in half a millisecond, and Python needs twenty to launch the several hundred
+kernels of transformers' forward: whatever is done to the weights, nothing gets faster. A recorded step has no Python in it. For
+that nothing in it may change from token to token but numbers in the device's memory: the token, how many the cache holds, and
+the table that says where the cache lies (kernels/triton_step.py). One recording serves every cache, of any length up to
+a power of two; the next is made when it is outgrown.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kernels import triton_products, triton_step
+from kernels.int8 import GPU_KERNEL_ROWS
+from kernels.kv_cache import RoomyCache
+
+MOST_RECORDINGS = 32  # each shape of a step has one: batch sizes, drafted tokens, cache lengths
+
+
+class DeviceStep:
+    """`step(ids, cache)` for the layers of a LeanForward whose model is on a CUDA device.
+
+    With `record` False every step is launched from Python: what tests without a GPU run, in Triton's interpreter.
+    """
+
+    def __init__(self, lean, *, record: bool = True):
+        self.lean, self.record = lean, record
+        self.past = torch.zeros(1, dtype=torch.int32, device=lean.cos.device)
+        self.table = torch.zeros(len(lean.layers), 5, dtype=torch.int64, device=lean.cos.device)
+        self.places: list | None = None  # what the table holds
+        self.recordings: dict[tuple, tuple | None] = {}
+
+    def serves(self, input_ids: torch.Tensor) -> bool:
+        return input_ids.numel() <= GPU_KERNEL_ROWS
+
+    def __call__(self, input_ids: torch.Tensor, cache: RoomyCache) -> torch.Tensor:
+        """int64 [B, T] -> float32 [B, T, V]; the tokens' keys and values join `cache`."""
+        tokens = input_ids.shape[1]
+        layers = [None if layer.qkv is None else cache.layer(layer.cache_index) for layer in self.lean.layers]
+        stored = next(layer for layer in layers if layer is not None)
+        past = stored.length
+        self._make_room(layers, input_ids)
+        splits = 1 << max(0, -(-(past + tokens) // triton_step.SPLIT) - 1).bit_length()
+        self.past.fill_(past)
+        key = (*input_ids.shape, splits, stored.keys.dtype)
+        if key not in self.recordings or not self.record:  # the first run compiles what it launches: not to be recorded
+            logits = self._run(input_ids, stored.keys.dtype, splits)
+            if len(self.recordings) >= MOST_RECORDINGS:
+                self.recordings.clear()
+            self.recordings[key] = None
+        else:
+            if self.recordings[key] is None:
+                self.recordings[key] = self._recorded(input_ids, stored.keys.dtype, splits)
+            graph, ids, result = self.recordings[key]
+            ids.copy_(input_ids)
+            graph.replay()
+            logits = result.clone()  # the next replay writes to the same place
+        for layer in layers:
+            if layer is not None:
+                layer.length = past + tokens
+        return logits.view(*input_ids.shape, -1)
+
+    def _make_room(self, layers: list, input_ids: torch.Tensor) -> None:
+        """Room for the tokens in every layer of the cache, and the table brought up to date where something moved."""
+        places = []
+        for ours, layer in zip(self.lean.layers, layers, strict=True):
+            if layer is None:
+                places.append([0] * 5)
+                continue
+            batch_size, tokens = input_ids.shape
+            layer.make_room(batch_size, ours.kv_heads, tokens, ours.head_dim, device=input_ids.device, dtype=torch.float32)
+            tensors = layer.keys, layer.values, *layer.scales()
+            places.append([0 if tensor is None else tensor.data_ptr() for tensor in tensors] + [layer.keys.shape[2]])
+        if places != self.places:
+            self.table.copy_(torch.tensor(places))
+            self.places = places
+
+    def _recorded(self, input_ids: torch.Tensor, stored: torch.dtype, splits: int) -> tuple:
+        # Tensors made in inference mode could not be written to outside of it: a recording serves generate and the benchmark.
+        with torch.inference_mode(False), torch.no_grad():
+            graph, ids = torch.cuda.CUDAGraph(), input_ids.clone()
+            with torch.cuda.graph(graph):
+                logits = self._run(ids, stored, splits)
+        return graph, ids, logits
+
+    def _run(self, input_ids: torch.Tensor, stored: torch.dtype, splits: int) -> torch.Tensor:
+        """The step itself, [B * T, V]: the loop of LeanForward.logits on the operators of triton_step.py."""
+        lean, tokens = self.lean, input_ids.shape[1]
+        residual = lean.model.get_input_embeddings()(input_ids).float().flatten(0, 1).clone()  # it is added to in place
+        update = None
+        for layer, place in zip(lean.layers, self.table, strict=True):
+            if layer.qkv is not None:
+                inputs = triton_step.add_rms_norm(residual, update, layer.attention_norm, lean.eps)
+                q = triton_step.rope_append(
+                    multiply(layer.qkv, inputs), lean.cos, lean.sin, self.past, place, tokens=tokens, kv_heads=layer.kv_heads,
+                    head_dim=layer.head_dim, stored=stored,
+                )  # fmt: skip
+                attended = triton_step.attend(
+                    q, self.past, place, tokens=tokens, kv_heads=layer.kv_heads, scaling=layer.scaling, stored=stored,
+                    splits=splits, kv_of_head=layer.kv_of_head,
+                )  # fmt: skip
+                update = multiply([layer.o_proj], attended)
+            inputs = triton_step.add_rms_norm(residual, update, layer.mlp_norm, lean.eps)
+            update = multiply([layer.down_proj], triton_step.silu_mul(multiply(layer.gate_up, inputs)))
+        return multiply([lean.model.lm_head], triton_step.add_rms_norm(residual, update, lean.final_norm, lean.eps))
+
+
+def multiply(layers: list, x: torch.Tensor) -> torch.Tensor:
+    """x float32 [M, K] through layers side by side: float32 [M, N], by the kernels where they know the layer's weights."""
+    outputs = [_multiply_one(layer, x) for layer in layers]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+
+def _multiply_one(layer, x: torch.Tensor) -> torch.Tensor:
+    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
+    scale, minimum = getattr(layer, "scale", None), getattr(layer, "minimum", None)
+    if not isinstance(weight, torch.Tensor) or bias is not None:
+        return layer(x).float()
+    if minimum is not None and triton_products.serves_group(layer.group_size):
+        return triton_products.int4_product(x, weight, scale, minimum, layer.group_size)
+    if scale is not None and minimum is None:
+        if (not layer.int8_activations and scale.shape[1] == 1) or triton_products.serves_group(layer.group_size):
+            return triton_products.int8_product(x, weight, scale, layer.group_size, int8_activations=layer.int8_activations)
+    elif weight.is_floating_point():
+        return triton_products.float_product(x, weight)
+    return layer(x).float()
