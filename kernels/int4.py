@@ -15,6 +15,7 @@ from kernels.int8 import (
     gpu_kernel_serves,
     kernel_is_fastest,
     kernels_run,
+    multiply_in_blocks,
     quantize_groups,
     shaped_like,
 )
@@ -150,15 +151,20 @@ def int4_linear(
     rows = x.reshape(-1, x.shape[-1])
     if packed.dim() == 4 and kernels_run(x) and kernel_is_fastest(rows):
         return shaped_like(x, torch.ops.tinyopt.int4_linear(rows, packed, scale, minimum, n, group_size, bias))
-    plain = *unpack(packed, scale, minimum, n, x.shape[-1]), group_size
-    if x.device.type == "cpu":
-        return int4_linear_reference(x, *plain, bias)
-    if gpu_kernel_serves(rows, group_size):
+    if packed.dim() == 2 and gpu_kernel_serves(rows, group_size):
         from kernels import triton_products  # its import needs Triton
 
         return finish(triton_products.int4_product(rows, packed, scale, minimum, group_size), x, bias)
-    # The same integers times the same scales, multiplied in one float32 product: the twin takes several calls for every group.
-    return F.linear(dequantize_groups(*quantize_groups(x, group_size), group_size), dequantize_int4(*plain), bias)
+    if x.device.type == "cpu" or packed.dim() == 4:
+        return int4_linear_reference(x, *unpack(packed, scale, minimum, n, x.shape[-1]), group_size, bias)
+
+    def expand(first: int, last: int) -> torch.Tensor:
+        codes = unpack_nibbles(packed[first:last], x.shape[-1])
+        return dequantize_int4(codes, scale[first:last], minimum[first:last], group_size)
+
+    # The same integers times the same scales, multiplied as float32: the twin takes several calls for every group.
+    rounded = dequantize_groups(*quantize_groups(rows, group_size), group_size)
+    return finish(multiply_in_blocks(rounded, n, expand), x, bias)
 
 
 def _grouped(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -27,6 +27,7 @@ BF16_VARIANTS = ("amx", "avx512_bf16")  # these multiply many rows in bfloat16
 GPU_KERNEL_ROWS = 16  # ... on a CUDA device: many rows are arithmetic, which torch does best with expanded weights
 PORTABLE_KERNEL_ROWS = 4  # the portable variant reads few bytes too, but is no match for a GEMM
 BLOCK_BYTES = 2 << 20  # of dequantised weights at a time: they stay in the cache until they are multiplied
+DEVICE_BLOCK_BYTES = 32 << 20  # ... and on a GPU are few calls, but not much memory
 
 
 def quantize_groups(
@@ -119,16 +120,16 @@ def int8_linear(
     rows = x.reshape(-1, x.shape[-1])
     if weight.dim() == 4 and kernels_run(x) and kernel_is_fastest(rows):
         return shaped_like(x, torch.ops.tinyopt.int8_linear(rows, weight, scale, n, group_size, bias))
+    weight, scale = unpack(weight, scale, n, x.shape[-1])
     if x.device.type == "cpu":
-        return int8_linear_reference(x, *unpack(weight, scale, n, x.shape[-1]), group_size, bias)
+        return int8_linear_reference(x, weight, scale, group_size, bias)
     if gpu_kernel_serves(rows, group_size):
         return finish(_triton().int8_product(rows, weight, scale, group_size, int8_activations=True), x, bias)
     quantized = quantize_groups(rows, group_size)
     if device_int8.serves("dynamic", weight, scale):
         return finish(device_int8.dynamic_product(*quantized, weight, scale), x, bias)
-    # The same integers times the same scales, multiplied in one float32 product: the twin takes three calls for every group.
-    rounded = dequantize_groups(*quantized, group_size).view(x.shape)
-    return int8_weight_only_reference(rounded, weight, scale, group_size, bias)
+    # The same integers times the same scales, multiplied as float32: the twin takes three calls for every group.
+    return finish(_multiply_expanded(dequantize_groups(*quantized, group_size), weight, scale, group_size), x, bias)
 
 
 def int8_weight_only_linear(
@@ -136,13 +137,16 @@ def int8_weight_only_linear(
 ) -> torch.Tensor:
     """Multiplies float activations [..., K] with int8 weights: float32 [..., n]. Weight and scale plain or packed."""
     rows = x.reshape(-1, x.shape[-1])
-    if x.device.type != "cpu" and gpu_kernel_serves(rows, group_size if scale.shape[1] > 1 else GPU_KERNEL_ROWS):
-        return finish(_triton().int8_product(rows, weight, scale, group_size, int8_activations=False), x, bias)
-    few = x.device.type == "mps" or len(rows) <= GPU_KERNEL_ROWS  # CUDA's operator takes ten times as long for a prompt
-    if x.device.type != "cpu" and few and device_int8.serves("weight-only", weight, scale):
-        return finish(device_int8.weight_only_product(rows, weight, scale), x, bias)
     if weight.dim() != 4 or not kernels_run(x):
-        return int8_weight_only_reference(x, *unpack(weight, scale, n, x.shape[-1]), group_size, bias)
+        weight, scale = unpack(weight, scale, n, x.shape[-1])
+        if gpu_kernel_serves(rows, group_size if scale.shape[1] > 1 else None):
+            return finish(_triton().int8_product(rows, weight, scale, group_size, int8_activations=False), x, bias)
+        few = x.device.type == "mps" or len(rows) <= GPU_KERNEL_ROWS  # CUDA's operator takes ten times as long for a prompt
+        if x.device.type != "cpu" and few and device_int8.serves("weight-only", weight, scale):
+            return finish(device_int8.weight_only_product(rows, weight, scale), x, bias)
+        if x.device.type != "cpu":
+            return finish(_multiply_expanded(rows, weight, scale, group_size), x, bias)
+        return int8_weight_only_reference(x, weight, scale, group_size, bias)
     if kernel_is_fastest(rows):
         return shaped_like(x, torch.ops.tinyopt.int8_weight_only_linear(rows, weight, scale, n, group_size, bias))
 
@@ -188,10 +192,10 @@ def kernel_is_fastest(rows: torch.Tensor) -> bool:
     return _variant() != "portable" or rows.shape[0] <= PORTABLE_KERNEL_ROWS
 
 
-def gpu_kernel_serves(rows: torch.Tensor, group_size: int) -> bool:
-    """Whether a Triton kernel multiplies these few rows: on a CUDA device, in groups of a power of two."""
+def gpu_kernel_serves(rows: torch.Tensor, group_size: int | None) -> bool:
+    """Whether a Triton kernel multiplies these few rows: on a CUDA device, in groups (if any) of a power of two."""
     few = rows.device.type == "cuda" and len(rows) <= GPU_KERNEL_ROWS
-    return few and gpu_kernels() is None and _triton().serves_group(group_size)
+    return few and gpu_kernels() is None and (group_size is None or _triton().serves_group(group_size))
 
 
 def _triton():
@@ -203,12 +207,22 @@ def _triton():
 
 def multiply_in_blocks(rows: torch.Tensor, n: int, expand: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
     """rows [M, K] times n output channels, of which `expand(first, last)` gives float32 weights [last - first, K]."""
-    out = torch.empty(rows.shape[0], n)
-    step = max(16, BLOCK_BYTES // (4 * rows.shape[1]) // 16 * 16)  # whole panels
+    out = torch.empty(rows.shape[0], n, device=rows.device)
+    block_bytes = BLOCK_BYTES if rows.device.type == "cpu" else DEVICE_BLOCK_BYTES
+    step = max(16, block_bytes // (4 * rows.shape[1]) // 16 * 16)  # whole panels
     for first in range(0, n, step):
         last = min(first + step, n)
         out[:, first:last] = F.linear(rows.float(), expand(first, last))
     return out
+
+
+def _multiply_expanded(rows: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, group_size: int) -> torch.Tensor:
+    """rows [M, K], weight int8 [N, K] and scale [N, G], plain -> float32 [M, N]."""
+
+    def expand(first: int, last: int) -> torch.Tensor:
+        return dequantize_groups(weight[first:last], scale[first:last], group_size)
+
+    return multiply_in_blocks(rows, len(weight), expand)
 
 
 def _grouped(x: torch.Tensor, group_size: int) -> torch.Tensor:
