@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -18,10 +19,17 @@ from benchmark import Workload
 
 QUICK = {"new_tokens": 10, "repeats": 6, "quality_windows": 4, "quality_window": 256, "continuation_tokens": 12}
 DEFAULTS = Workload()
+# Flags that say nothing to a script that times nothing, and to one that does not score recipes either.
+OF_TIMING = ("--batch-size", "--repeats", "--precision", "--budget-s", "--prompts-file", "--json")
+OF_RECIPES = (*OF_TIMING, "--prompt-tokens", "--new-tokens", "--depth", "--text-file", "--quality-windows", "--quality-window",
+              "--quick", "--seed", "--resume")  # fmt: skip
 
 
-def build_parser(docstring: str) -> argparse.ArgumentParser:
-    """A parser whose `--help` opens with the script's own docstring and ends with the shared flags."""
+def build_parser(docstring: str, *, without: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """A parser whose `--help` opens with the script's own docstring and ends with the shared flags.
+
+    `without` names those that would do nothing in a script: they keep their defaults and are refused.
+    """
     parser = argparse.ArgumentParser(description=docstring, formatter_class=_Formatter)
     shared = parser.add_argument_group("model and machine")
     shared.add_argument("--model", "-m", default="auto", metavar="MODEL",
@@ -29,36 +37,41 @@ def build_parser(docstring: str) -> argparse.ArgumentParser:
         "where it is cached or reachable, else the embedded SmolLM2-135M)")  # fmt: skip
     shared.add_argument("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="default: cuda, mps, cpu")
     shared.add_argument("--threads", "-t", type=int, default=None, help="CPU threads (default: all physical cores)")
-    work = parser.add_argument_group("workload")
-    work.add_argument("--prompt-tokens", "-p", type=int, default=None, help=f"default: {DEFAULTS.prompt_tokens}")
-    work.add_argument("--new-tokens", "-n", type=int, default=None, help=f"default: {DEFAULTS.new_tokens}")
-    work.add_argument("--depth", "-d", type=int_list, default=None, metavar="D[,D...]",
+    add = _adder(parser, "workload", without)
+    add("--prompt-tokens", "-p", type=int, help=f"default: {DEFAULTS.prompt_tokens}")
+    add("--new-tokens", "-n", type=int, help=f"default: {DEFAULTS.new_tokens}")
+    add("--depth", "-d", type=int_list, metavar="D[,D...]",
         help="tokens in the cache before the prompt; the first is the main workload, others a chart (default: 0)")  # fmt: skip
-    work.add_argument(
-        "--batch-size",
-        "-b",
-        type=int_list,
-        default=None,
-        metavar="B[,B...]",
-        help="sequences at once; others in the record and the KV-cache chart (default: 1)",
-    )
-    work.add_argument("--repeats", "-r", type=int, default=None, help=f"least interleaved pairs (default: {DEFAULTS.repeats})")
-    work.add_argument("--precision", type=ratio, default=0.02,
+    add("--batch-size", "-b", type=int_list, metavar="B[,B...]",
+        help="sequences at once; others in the record and the KV-cache chart (default: 1)")  # fmt: skip
+    add("--repeats", "-r", type=int, help=f"least interleaved pairs (default: {DEFAULTS.repeats})")
+    add("--precision", type=ratio, default=0.02,
         help="go on until the speed-up's interval is narrower than +- this (default: %(default)s)")  # fmt: skip
-    work.add_argument("--budget-s", type=float, default=None,
-        help="... or until a recipe has taken this long (default: 10, with --quick 4)")  # fmt: skip
-    work.add_argument("--prompts-file", metavar="FILE", help="your own prompts, one a line")
-    work.add_argument("--text-file", metavar="FILE", help="your own evaluation text (UTF-8)")
-    work.add_argument("--quality-windows", type=int, default=None, help=f"default: {DEFAULTS.quality_windows}")
-    work.add_argument("--quality-window", type=int, default=None, help=f"tokens a window (default: {DEFAULTS.quality_window})")
-    work.add_argument("--quick", action="store_true", help="a few minutes: fewer tokens, pairs and windows")
-    work.add_argument("--seed", type=int, default=0)
-    out = parser.add_argument_group("output")
-    out.add_argument("--results-dir", "-o", default="results", metavar="DIR", help="default: results")
-    out.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
+    add("--budget-s", type=float, help="... or until a recipe has taken this long (default: 10, with --quick 4)")
+    add("--prompts-file", metavar="FILE", help="your own prompts, one a line")
+    add("--text-file", metavar="FILE", help="your own evaluation text (UTF-8)")
+    add("--quality-windows", type=int, help=f"default: {DEFAULTS.quality_windows}")
+    add("--quality-window", type=int, help=f"tokens a window (default: {DEFAULTS.quality_window})")
+    add("--quick", action="store_true", default=False, help="a few minutes: fewer tokens, pairs and windows")
+    add("--seed", type=int, default=0)
+    add = _adder(parser, "output", without)
+    add("--results-dir", "-o", default="results", metavar="DIR", help="default: results")
+    add("--resume", action=argparse.BooleanOptionalAction, default=True,
         help="skip recipes that were finished here with the same options, code and machine (default: yes)")  # fmt: skip
-    out.add_argument("--json", action="store_true", help="one line of JSON on stdout instead of the table")
+    add("--json", action="store_true", default=False, help="one line of JSON on stdout instead of the table")
     return parser
+
+
+def _adder(parser: argparse.ArgumentParser, title: str, without: Iterable[str]):
+    group = parser.add_argument_group(title)
+
+    def add(flag: str, *short: str, default=None, **options) -> None:
+        if flag in without:
+            parser.set_defaults(**{flag.removeprefix("--").replace("-", "_"): default})
+        else:
+            group.add_argument(flag, *short, default=default, **options)
+
+    return add
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -38,7 +38,7 @@ KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 2 bad arguments, 130 interrupted."""
-    parser = cli.build_parser(__doc__)
+    parser = cli.build_parser(__doc__, without=cli.OF_RECIPES)
     parser.add_argument("--heads", action="store_true", help="also what a quarter of each layer's heads costs (minutes)")
     args = cli.parse(parser, argv)
     try:

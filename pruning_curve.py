@@ -35,7 +35,7 @@ KINDS = ("attention", "blocks", "heads", "width")  # the ones that need no refit
 
 def main(argv: list[str] | None = None) -> int:
     """Exit codes: 0 done, 1 a point failed, 2 bad arguments, 130 interrupted."""
-    parser = cli.build_parser(__doc__)
+    parser = cli.build_parser(__doc__, without=cli.OF_TIMING)
     parser.add_argument("--kinds", default=",".join(KINDS), metavar="A,B", help="which kinds (default: %(default)s)")
     parser.add_argument("--shares", default=",".join(map(str, SHARES)), metavar="X,Y",
         help="how much of what a token streams goes, above 0 and below 1 (default: %(default)s)")  # fmt: skip

@@ -476,3 +476,13 @@ def test_the_fixture_is_only_a_configuration(config_folder):
     """Guards the tests above: there is nothing to load in it."""
     assert {path.name for path in config_folder.iterdir()} == {"config.json"}
     assert json.loads((config_folder / "config.json").read_text())["num_attention_heads"] == 8
+
+
+def test_flags_that_would_do_nothing_are_no_flags(capsys):
+    """A script that times nothing keeps their defaults and refuses them; its help is shorter for it."""
+    parser = cli.build_parser("x", without=cli.OF_RECIPES)
+    args = parser.parse_args([])
+    assert args.repeats is None and args.precision == 0.02 and args.quick is False and args.resume is True
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--no-resume"])
+    assert "--quick" not in parser.format_help() and "--results-dir" in parser.format_help()
