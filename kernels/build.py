@@ -41,7 +41,20 @@ def gpu_kernels() -> str | None:
     """None where a CUDA device can run the Triton kernels, which compile themselves, else one sentence with the reason."""
     if os.environ.get("TINYOPT_NO_KERNELS") == "1":
         return "Triton kernels are switched off by TINYOPT_NO_KERNELS=1"
-    return None if find_spec("triton") else "Triton is not installed (on Linux it comes with torch's build for CUDA)"
+    return _try_gpu_kernels()
+
+
+@cache
+def _try_gpu_kernels() -> str | None:
+    """Triton compiles with the machine's C compiler and driver, for the card that is there: found is not yet able to run."""
+    if not find_spec("triton"):
+        return "Triton is not installed (on Linux it comes with torch's build for CUDA)"
+    try:
+        from kernels.triton_step import self_check
+
+        return self_check("cuda")
+    except Exception as error:  # as for the C++ kernels: whatever goes wrong, the twins still work
+        return f"Triton kernels are not available: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
 
 def cpu_variant() -> str:
@@ -127,8 +140,14 @@ def _standard_library() -> list[str]:
     the kernels would carry a copy of their own, and the first error message that one of them writes would crash."""
     if sys.platform != "linux":
         return []
-    found = subprocess.run([_compiler(), "-print-file-name=libstdc++.so"], capture_output=True, text=True, check=False).stdout
-    return [] if "/" in found else ["-l:libstdc++.so.6"]
+    static_only = not _found_by_compiler("libstdc++.so") and _found_by_compiler("libstdc++.so.6")
+    return ["-l:libstdc++.so.6"] if static_only else []
+
+
+def _found_by_compiler(file: str) -> bool:
+    """A file that GCC or Clang does not find it prints as it was asked for, without a folder."""
+    answer = subprocess.run([_compiler(), f"-print-file-name={file}"], capture_output=True, text=True, check=False)
+    return "/" in answer.stdout
 
 
 def _run_all(commands: list[list[str]]) -> None:

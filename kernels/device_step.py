@@ -3,8 +3,8 @@
 A GPU reads TinyLlama's half-precision weights in half a millisecond, and Python needs twenty to launch the several hundred
 kernels of transformers' forward: whatever is done to the weights, nothing gets faster. A recorded step has no Python in it. For
 that nothing in it may change from token to token but numbers in the device's memory: the token, how many the cache holds, and
-the table that says where the cache lies (kernels/triton_step.py). One recording serves every cache, of any length up to
-a power of two; the next is made when it is outgrown.
+the table that says where the cache lies (kernels/triton_step.py). One recording serves every cache of one kind, for so many
+tokens, up to a length; the next is made when it is outgrown.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from kernels import triton_products, triton_step
 from kernels.int8 import GPU_KERNEL_ROWS
 from kernels.kv_cache import RoomyCache
 
-MOST_RECORDINGS = 32  # each shape of a step has one: batch sizes, drafted tokens, cache lengths
+MOST_RECORDINGS = 64  # each shape of a step has one: batch sizes, drafted tokens, cache lengths
 
 
 class DeviceStep:
     """`step(ids, cache)` for the layers of a LeanForward whose model is on a CUDA device.
 
-    With `record` False every step is launched from Python: what tests without a GPU run, in Triton's interpreter.
+    With `record` False every step is launched from Python, as tests without a GPU do.
     """
 
     def __init__(self, lean, *, record: bool = True):
@@ -29,7 +29,8 @@ class DeviceStep:
         self.past = torch.zeros(1, dtype=torch.int32, device=lean.cos.device)
         self.table = torch.zeros(len(lean.layers), 5, dtype=torch.int64, device=lean.cos.device)
         self.places: list | None = None  # what the table holds
-        self.recordings: dict[tuple, tuple | None] = {}
+        self.recordings: dict[tuple, tuple] = {}
+        self.pool = torch.cuda.graph_pool_handle() if record else None  # of memory: nothing in it outlives a replay
 
     def serves(self, input_ids: torch.Tensor) -> bool:
         return input_ids.numel() <= GPU_KERNEL_ROWS
@@ -44,14 +45,13 @@ class DeviceStep:
         splits = 1 << max(0, -(-(past + tokens) // triton_step.SPLIT) - 1).bit_length()
         self.past.fill_(past)
         key = (*input_ids.shape, splits, stored.keys.dtype)
-        if key not in self.recordings or not self.record:  # the first run compiles what it launches: not to be recorded
-            logits = self._run(input_ids, stored.keys.dtype, splits)
-            if len(self.recordings) >= MOST_RECORDINGS:
-                self.recordings.clear()
-            self.recordings[key] = None
-        else:
-            if self.recordings[key] is None:
+        if key not in self.recordings:
+            logits = self._run(input_ids, stored.keys.dtype, splits)  # compiles what it launches; recording runs nothing
+            if self.record:
+                while len(self.recordings) >= MOST_RECORDINGS:
+                    del self.recordings[next(iter(self.recordings))]
                 self.recordings[key] = self._recorded(input_ids, stored.keys.dtype, splits)
+        else:
             graph, ids, result = self.recordings[key]
             ids.copy_(input_ids)
             graph.replay()
@@ -70,6 +70,8 @@ class DeviceStep:
                 continue
             batch_size, tokens = input_ids.shape
             layer.make_room(batch_size, ours.kv_heads, tokens, ours.head_dim, device=input_ids.device, dtype=torch.float32)
+            if len(layer.keys) != batch_size:
+                raise ValueError(f"{batch_size} sequences for a KV cache of {len(layer.keys)}")
             tensors = layer.keys, layer.values, *layer.scales()
             places.append([0 if tensor is None else tensor.data_ptr() for tensor in tensors] + [layer.keys.shape[2]])
         if places != self.places:
@@ -80,7 +82,7 @@ class DeviceStep:
         # Tensors made in inference mode could not be written to outside of it: a recording serves generate and the benchmark.
         with torch.inference_mode(False), torch.no_grad():
             graph, ids = torch.cuda.CUDAGraph(), input_ids.clone()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool):
                 logits = self._run(ids, stored, splits)
         return graph, ids, logits
 
@@ -107,21 +109,13 @@ class DeviceStep:
 
 
 def multiply(layers: list, x: torch.Tensor) -> torch.Tensor:
-    """x float32 [M, K] through layers side by side: float32 [M, N], by the kernels where they know the layer's weights."""
+    """x float32 [M, K] through layers side by side: float32 [M, N]."""
     outputs = [_multiply_one(layer, x) for layer in layers]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
 
 def _multiply_one(layer, x: torch.Tensor) -> torch.Tensor:
-    weight, bias = getattr(layer, "weight", None), getattr(layer, "bias", None)
-    scale, minimum = getattr(layer, "scale", None), getattr(layer, "minimum", None)
-    if not isinstance(weight, torch.Tensor) or bias is not None:
-        return layer(x).float()
-    if minimum is not None and triton_products.serves_group(layer.group_size):
-        return triton_products.int4_product(x, weight, scale, minimum, layer.group_size)
-    if scale is not None and minimum is None:
-        if (not layer.int8_activations and scale.shape[1] == 1) or triton_products.serves_group(layer.group_size):
-            return triton_products.int8_product(x, weight, scale, layer.group_size, int8_activations=layer.int8_activations)
-    elif weight.is_floating_point():
-        return triton_products.float_product(x, weight)
-    return layer(x).float()
+    """Quantised layers find their kernel themselves; plain ones would take two casts and a product in half precision."""
+    weight = getattr(layer, "weight", None)
+    plain = isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.is_floating_point() and layer.bias is None
+    return triton_products.float_product(x, weight) if plain else layer(x).float()

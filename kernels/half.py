@@ -1,8 +1,9 @@
 """Layers for mixed precision: half-precision weights, float32 where sums are taken, casts where the two meet.
 
-On CUDA and MPS `HalfLinear` multiplies in half and hands half on. On a CPU its weights are packed for the kernels, and the
-activations between layers stay float32: half the bytes per decoded token, and products in bfloat16 for prefill where the
-CPU has an instruction for them (AMX, AVX512-BF16).
+On CUDA and MPS `HalfLinear` multiplies in half and hands half on; few tokens under lean_decode on CUDA are multiplied in
+float32 with the half weights (kernels/triton_products.py). On a CPU its weights are packed for the kernels, and the activations
+between layers stay float32: half the bytes per decoded token, and products in bfloat16 for prefill where the CPU has an
+instruction for them (AMX, AVX512-BF16).
 """
 
 from __future__ import annotations

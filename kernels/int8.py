@@ -3,7 +3,8 @@
 Symmetric int8: a group of consecutive inputs shares one scale, absmax / 127, and holds integers in [-127, 127]. Scales of
 weights are kept in bfloat16, and the integers are found after that rounding, so that nothing is lost by it. The
 twins in pure PyTorch run on every device and define what the kernels must return; `int8_linear`,
-`int8_weight_only_linear` and `bf16_linear` take the kernel where it runs and the twin where it does not.
+`int8_weight_only_linear` and `bf16_linear` take the kernel where it runs and the twin where it does not; other devices than
+CPUs multiply many rows by weights that are expanded block by block.
 
 A weight is plain, [N, K] with scale [N, G], or packed for the kernels (kernels/packing.py), [P, L, 16, 4] with scale
 [P, G, 16]; then `n` says how many of its channels are real.
@@ -110,7 +111,7 @@ def pack(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch
 
 def unpack(weight: torch.Tensor, scale: torch.Tensor, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 [n, k] and scale [n, G] from plain or packed ones, on any device."""
-    return (weight, scale) if weight.dim() == 2 else (unpack_panels(weight, n, k), unpack_scales(scale, n))
+    return (weight, scale) if weight.dim() == 2 else (unpack_panels(weight, n, k).contiguous(), unpack_scales(scale, n))
 
 
 def int8_linear(

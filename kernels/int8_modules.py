@@ -116,5 +116,6 @@ def kernel_note(device: torch.device, scheme: str) -> str:
         return "Triton kernels for few tokens, float32 products of expanded weights for many"
     if device.type != "cpu":
         sample = torch.zeros(8, 8, dtype=torch.int8, device=device), torch.ones(8, 2 if scheme == "grouped" else 1)
-        return f"torch's own operator on {device.type}" if serves(scheme, *sample) else f"PyTorch twin on {device.type}"
+        own = serves(scheme, *sample)
+        return f"torch's own operator on {device.type}" if own else f"float32 products of expanded weights on {device.type}"
     return load_kernels() or f"C++ kernels, {cpu_variant()}"

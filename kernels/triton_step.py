@@ -2,8 +2,8 @@
 
 They differ from those in one thing: nothing about the KV cache is an argument of a call. How many tokens it holds is read from
 `past` (int32 [1]) and where it lies from a row of a table in the device's memory: the addresses of keys, values and their
-scales, and the capacity (int64 [5]). So a recorded step can be replayed on any cache, of any length (kernels/device_step.py).
-Twins: add_rms_norm, silu_mul, rope_append and attend of kernels/step.py, which run where these cannot.
+scales, and the capacity (int64 [5]). So a recorded step can be replayed on another cache, at another length
+(kernels/device_step.py). Twins: add_rms_norm, silu_mul, rope_append and attend of kernels/step.py.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton_products import nearest
+from kernels.triton_products import int8_product, nearest
 
 BLOCK = 64  # tokens of the cache at a time
 SPLIT = 256  # ... and for one program: a long cache is read by several, whose results are then joined
@@ -76,6 +76,25 @@ def attend(
     return out
 
 
+def self_check(device: str) -> str | None:
+    """The largest int8 values against exact arithmetic, and a token that attends to itself alone: its value comes back."""
+    signs = torch.arange(24, device=device).remainder(2).mul(2).sub(1)
+    weight = (127 * signs)[:, None].expand(24, 64).to(torch.int8).contiguous()
+    x = torch.full((1, 64), 127.0, device=device)
+    product = int8_product(x, weight, torch.ones(24, 1, device=device).bfloat16(), 64, int8_activations=True)
+    if not torch.equal(product, (127 * 127 * 64 * signs[None]).float()):
+        return "Triton kernels are wrong on this device: a product of int8 weights differs from exact arithmetic"
+    keys, values = (torch.zeros(1, 1, 4, 16, dtype=torch.bfloat16, device=device) for _ in range(2))
+    place = torch.tensor([keys.data_ptr(), values.data_ptr(), 0, 0, 4], device=device)
+    past = torch.zeros(1, dtype=torch.int32, device=device)
+    cos, sin = torch.ones(4, 8, device=device), torch.zeros(4, 8, device=device)
+    qkv = torch.arange(64.0, device=device)[None]
+    q = rope_append(qkv, cos, sin, past, place, tokens=1, kv_heads=1, head_dim=16, stored=torch.bfloat16)
+    out = attend(q, past, place, tokens=1, kv_heads=1, scaling=1.0, stored=torch.bfloat16, splits=1)
+    right = torch.equal(out, qkv[:, 48:].repeat(1, 2)) and torch.equal(keys[0, 0, :1].float(), qkv[:, 32:48])
+    return None if right else "Triton kernels are wrong on this device: attention to one token is not its value"
+
+
 @triton.jit
 def _add_rms_norm(residual, update, weight, out, width, eps, ADDS: tl.constexpr, WIDTH: tl.constexpr):
     places = tl.arange(0, WIDTH)
@@ -127,6 +146,7 @@ def _rope_append(
         row = ((at // tokens) * kv_heads + (head - query_heads) % kv_heads) * tl.load(place + 4) + position
         if tl.int8 == KIND:
             scale = tl.maximum(tl.max(tl.abs(first), 0), tl.max(tl.abs(second), 0)) / 127
+            scale += 0.0 * (tl.sum(first, 0) + tl.sum(second, 0))  # a maximum overlooks NaN, a later token must not
             tl.store(tl.load(place + 2 + which).to(tl.pointer_type(tl.float32)) + row, scale)
             divisor = tl.full([HALF], 0.0, tl.float32) + tl.where(scale == 0, 1.0, scale)
             first, second = nearest(tl.div_rn(first, divisor)), nearest(tl.div_rn(second, divisor))
@@ -144,8 +164,9 @@ def _attend(
     length = tl.load(past) + at % tokens + 1
     kv_head = tl.load(kv_of_head + head).to(tl.int32) if MAPPED else head // (heads // kv_heads)
     begin = ((at // tokens) * kv_heads + kv_head) * tl.load(place + 4)
-    keys = tl.load(place).to(tl.pointer_type(KIND)) + begin * head_dim
-    values = tl.load(place + 1).to(tl.pointer_type(KIND)) + begin * head_dim
+    # What torch allocates begins at a multiple of 16 bytes: then rows are read 16 bytes at a time.
+    keys = tl.multiple_of(tl.load(place).to(tl.pointer_type(KIND)), 16) + begin * head_dim
+    values = tl.multiple_of(tl.load(place + 1).to(tl.pointer_type(KIND)), 16) + begin * head_dim
     key_scales = tl.load(place + 2).to(tl.pointer_type(tl.float32)) + begin
     value_scales = tl.load(place + 3).to(tl.pointer_type(tl.float32)) + begin
     dims = tl.arange(0, WIDTH)
@@ -183,12 +204,19 @@ def _attend(
 
 @triton.jit
 def _join(parts, out, heads, head_dim, SPLITS: tl.constexpr, WIDTH: tl.constexpr):
+    # One after another, so that more parts, with no tokens in them, change no bit: exp(-inf) adds 0.
     head = tl.program_id(0) * heads + tl.program_id(1)
     dims = tl.arange(0, WIDTH)
     wide = dims < head_dim
-    part = parts + (head * SPLITS + tl.arange(0, SPLITS)) * (head_dim + 2)
+    part = parts + head * SPLITS * (head_dim + 2)
     best = tl.load(part + head_dim)
-    shares = tl.exp(best - tl.max(best, 0))  # a program that had no tokens: exp(-inf), 0
-    total = tl.load(part[:, None] + dims[None, :], mask=wide[None, :], other=0.0)
-    norm = tl.sum(shares * tl.load(part + head_dim + 1), 0)
-    tl.store(out + head * head_dim + dims, tl.sum(shares[:, None] * total, 0) / norm, mask=wide)
+    for split in range(1, SPLITS):
+        best = tl.maximum(best, tl.load(part + split * (head_dim + 2) + head_dim))
+    total = tl.zeros([WIDTH], tl.float32)
+    norm = tl.full([], 0.0, tl.float32)
+    for split in range(SPLITS):
+        one = part + split * (head_dim + 2)
+        share = tl.exp(tl.load(one + head_dim) - best)
+        total += share * tl.load(one + dims, mask=wide, other=0.0)
+        norm += share * tl.load(one + head_dim + 1)
+    tl.store(out + head * head_dim + dims, total / norm, mask=wide)

@@ -8,8 +8,8 @@ Helps   Where the answer quotes the prompt or repeats itself: summaries, edits, 
 Loses   A rejected token costs its row: little where decode waits for memory, a tenth of a pass on a small int8 model, so free
         text gains nothing. A draft is therefore no longer than twice its match. One sequence at a time: batches decode plainly.
 Exact   Token for token where a pass over few rows gives the bits of single rows: packed recipes (int8, int4, bf16) under
-        lean_decode on a CPU with the kernels. `apply` tries it and notes the outcome. Other products (float32 through a BLAS
-        library, a GPU) add in another order for several rows: there a near-tie between two tokens may fall the other way.
+        lean_decode, on a CPU with the kernels or on CUDA. `apply` tries it and notes the outcome. Other products (float32 by a
+        BLAS library) add in another order for several rows: there a near-tie between two tokens may fall the other way.
 Papers  Saxena 2023: https://github.com/apoorvumang/prompt-lookup-decoding; Leviathan et al. 2022, drafts that are checked:
         https://arxiv.org/abs/2211.17192. transformers (`prompt_lookup_num_tokens`) takes the first match of two tokens.
 Writes  prompt_lookup_results.json beside the baseline's, and charts, in the results folder.

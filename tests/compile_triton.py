@@ -25,9 +25,9 @@ def compile_kernel(kernel, types: dict | None = None, **constants) -> None:
 
 def main() -> None:
     size = {"GROUP": 64, "GROUPS": 8, "CHANNELS": 8}
-    for weight in ("*fp32", "*fp16"):
+    for weight in ("*fp32", "*fp16", "*bf16"):
         compile_kernel(triton_products._product, {"weight": weight}, ROUNDS=False, SCALED=False, SHARED=False, **size)
-    for rounds, shared in ((True, False), (False, True)):
+    for rounds, shared in ((True, False), (False, True), (True, True), (False, False)):
         compile_kernel(triton_products._product, {"weight": "*i8"}, ROUNDS=rounds, SCALED=True, SHARED=shared, **size)
     compile_kernel(triton_products._int4_product, {"weight": "*u8"}, PAIRS=32, GROUPS=8, CHANNELS=8)
     for adds in (True, False):
