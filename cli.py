@@ -31,6 +31,7 @@ def build_parser(docstring: str, *, without: Iterable[str] = ()) -> argparse.Arg
     `without` names those that would do nothing in a script: they keep their defaults and are refused.
     """
     parser = argparse.ArgumentParser(description=docstring, formatter_class=_Formatter)
+    parser.set_defaults(runs_workload=not set(OF_RECIPES) <= set(without))
     shared = parser.add_argument_group("model and machine")
     shared.add_argument("--model", "-m", default="auto", metavar="MODEL",
         help="auto | tinyllama | smollm2-135m | tinyllama-random | <hub id> | <folder> | <file.gguf> (default: auto, TinyLlama "
@@ -109,7 +110,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
             if given and args.source.random_weights:
                 raise ValueError(f"{flag}: {args.source.name} has random weights and reads no text; choose a real model")
         args.config = models.load_config(args.source)
-        check_positions(args)
+        if args.runs_workload:
+            check_positions(args)
     except ValueError as error:
         fail(parser, error)
     args.threads = args.threads or devices.default_threads()

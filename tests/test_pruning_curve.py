@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import make_tiny
-from pipeline_model import QUICK_FLAGS, save_tiny_model
+from pipeline_model import save_tiny_model
 from transformers import LlamaConfig
 
 import charts
@@ -13,6 +13,8 @@ import layer_costs
 import pruning_curve
 from kernels.int4 import dequantize_int4, quantize_int4
 from models import TINYLLAMA_SHAPE
+
+SCORING_FLAGS = ["-n", "4", "-p", "8", "--quality-windows", "2", "--quality-window", "32"]
 
 
 def test_points_remove_about_the_same_bytes():
@@ -39,7 +41,7 @@ def test_a_quarter_of_tinyllamas_heads_is_one_of_the_points():
 
 def test_a_curve_is_measured_kept_and_drawn(tmp_path, monkeypatch, capsys):
     """A point in a process of its own; the second run measures nothing and draws the same."""
-    flags = ["-m", str(save_tiny_model(tmp_path / "model")), "-t", "1", *QUICK_FLAGS, "-o", str(tmp_path / "out")]
+    flags = ["-m", str(save_tiny_model(tmp_path / "model")), "-t", "1", *SCORING_FLAGS, "-o", str(tmp_path / "out")]
     assert pruning_curve.main([*flags, "--kinds", "blocks"]) == 0
     content = json.loads((tmp_path / "out" / pruning_curve.RESULTS).read_text())
     baseline, point = content["results"]
