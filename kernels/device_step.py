@@ -1,10 +1,10 @@
 """A decode step on a CUDA device: recorded once as a CUDA graph, then replayed with a single call.
 
-A GPU reads TinyLlama's half-precision weights in half a millisecond, and Python needs twenty to launch the several hundred
-kernels of transformers' forward: whatever is done to the weights, nothing gets faster. A recorded step has no Python in it. For
-that nothing in it may change from token to token but numbers in the device's memory: the token, how many the cache holds, and
-the table that says where the cache lies (kernels/triton_step.py). One recording serves every cache of one kind, for so many
-tokens, up to a length; the next is made when it is outgrown.
+A GPU reads TinyLlama's half-precision weights in half a millisecond, and Python needs twenty to launch the 900 operators of
+transformers' forward: whatever is done to the weights, nothing gets faster. A recorded step has no Python in it. For that,
+nothing in it may change from token to token but numbers in the device's memory: the token, how many the cache holds, and the
+table that says where the cache lies (kernels/triton_step.py). One recording serves every cache of one kind, for so many tokens,
+up to a length; the next is made when it is outgrown.
 """
 
 from __future__ import annotations
