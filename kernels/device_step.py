@@ -10,6 +10,7 @@ up to a length; the next is made when it is outgrown.
 from __future__ import annotations
 
 import torch
+import triton
 
 from kernels import triton_products, triton_step
 from kernels.int8 import GPU_KERNEL_ROWS
@@ -42,7 +43,7 @@ class DeviceStep:
         stored = next(layer for layer in layers if layer is not None)
         past = stored.length
         self._make_room(layers, input_ids)
-        splits = 1 << max(0, -(-(past + tokens) // triton_step.SPLIT) - 1).bit_length()
+        splits = triton.next_power_of_2(triton.cdiv(past + tokens, triton_step.SPLIT))
         self.past.fill_(past)
         key = (*input_ids.shape, splits, stored.keys.dtype)
         if key not in self.recordings:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kernels.int8 import (
     dequantize_groups,
     finish,
-    gpu_kernel_serves,
+    gpu_products,
     kernel_is_fastest,
     kernels_run,
     multiply_in_blocks,
@@ -151,10 +151,8 @@ def int4_linear(
     rows = x.reshape(-1, x.shape[-1])
     if packed.dim() == 4 and kernels_run(x) and kernel_is_fastest(rows):
         return shaped_like(x, torch.ops.tinyopt.int4_linear(rows, packed, scale, minimum, n, group_size, bias))
-    if packed.dim() == 2 and gpu_kernel_serves(rows, group_size):
-        from kernels import triton_products  # its import needs Triton
-
-        return finish(triton_products.int4_product(rows, packed, scale, minimum, group_size), x, bias)
+    if packed.dim() == 2 and (products := gpu_products(rows, group_size)) is not None:
+        return finish(products.int4_product(rows, packed, scale, minimum, group_size), x, bias)
     if x.device.type == "cpu" or packed.dim() == 4:
         return int4_linear_reference(x, *unpack(packed, scale, minimum, n, x.shape[-1]), group_size, bias)
 

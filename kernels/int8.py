@@ -124,8 +124,8 @@ def int8_linear(
     weight, scale = unpack(weight, scale, n, x.shape[-1])
     if x.device.type == "cpu":
         return int8_linear_reference(x, weight, scale, group_size, bias)
-    if gpu_kernel_serves(rows, group_size):
-        return finish(_triton().int8_product(rows, weight, scale, group_size, int8_activations=True), x, bias)
+    if (products := gpu_products(rows, group_size)) is not None:
+        return finish(products.int8_product(rows, weight, scale, group_size, int8_activations=True), x, bias)
     quantized = quantize_groups(rows, group_size)
     if device_int8.serves("dynamic", weight, scale):
         return finish(device_int8.dynamic_product(*quantized, weight, scale), x, bias)
@@ -140,8 +140,8 @@ def int8_weight_only_linear(
     rows = x.reshape(-1, x.shape[-1])
     if weight.dim() != 4 or not kernels_run(x):
         weight, scale = unpack(weight, scale, n, x.shape[-1])
-        if gpu_kernel_serves(rows, group_size if scale.shape[1] > 1 else None):
-            return finish(_triton().int8_product(rows, weight, scale, group_size, int8_activations=False), x, bias)
+        if (products := gpu_products(rows, group_size if scale.shape[1] > 1 else None)) is not None:
+            return finish(products.int8_product(rows, weight, scale, group_size, int8_activations=False), x, bias)
         few = x.device.type == "mps" or len(rows) <= GPU_KERNEL_ROWS  # CUDA's operator takes ten times as long for a prompt
         if x.device.type != "cpu" and few and device_int8.serves("weight-only", weight, scale):
             return finish(device_int8.weight_only_product(rows, weight, scale), x, bias)
@@ -193,17 +193,14 @@ def kernel_is_fastest(rows: torch.Tensor) -> bool:
     return _variant() != "portable" or rows.shape[0] <= PORTABLE_KERNEL_ROWS
 
 
-def gpu_kernel_serves(rows: torch.Tensor, group_size: int | None) -> bool:
-    """Whether a Triton kernel multiplies these few rows: on a CUDA device, in groups (if any) of a power of two."""
-    few = rows.device.type == "cuda" and len(rows) <= GPU_KERNEL_ROWS
-    return few and gpu_kernels() is None and (group_size is None or _triton().serves_group(group_size))
+def gpu_products(rows: torch.Tensor, group_size: int | None):
+    """kernels/triton_products.py where its kernels multiply these few rows: on a CUDA device, in groups (if any) of a power of
+    two; else None."""
+    if rows.device.type != "cuda" or len(rows) > GPU_KERNEL_ROWS or gpu_kernels() is not None:
+        return None
+    from kernels import triton_products  # its import needs Triton
 
-
-def _triton():
-    """kernels/triton_products.py, whose import needs Triton."""
-    from kernels import triton_products
-
-    return triton_products
+    return triton_products if group_size is None or triton_products.serves_group(group_size) else None
 
 
 def multiply_in_blocks(rows: torch.Tensor, n: int, expand: Callable[[int, int], torch.Tensor]) -> torch.Tensor:

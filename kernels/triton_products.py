@@ -20,14 +20,14 @@ LARGEST_GROUP = 256  # inputs rounded with one scale: more would not stay in reg
 
 def float_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x floating point [M, K], weight float32, float16 or bfloat16 [N, K] -> float32 [M, N]."""
-    return _launch(_product, x, weight, None, weight.shape[1], rounds=False)
+    return _launch(x, weight, None, weight.shape[1], rounds=False)
 
 
 def int8_product(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, group_size: int, *, int8_activations: bool
 ) -> torch.Tensor:
     """x floating point [M, K], weight int8 [N, K], scale [N, G] -> float32 [M, N]; `int8_activations` rounds x as well."""
-    return _launch(_product, x, weight, scale, group_size, rounds=int8_activations)
+    return _launch(x, weight, scale, group_size, rounds=int8_activations)
 
 
 def int4_product(
@@ -50,13 +50,13 @@ def serves_group(group_size: int) -> bool:
     return 2 <= group_size <= LARGEST_GROUP and group_size & (group_size - 1) == 0
 
 
-def _launch(kernel, x, weight, scale, group_size: int, *, rounds: bool) -> torch.Tensor:
+def _launch(x, weight, scale, group_size: int, *, rounds: bool) -> torch.Tensor:
     x = x.float().contiguous()
     rows, (n, k) = x.shape[0], weight.shape
     out = x.new_empty(rows, n)
     shared = scale is not None and scale.shape[1] == 1  # one scale a channel: groups are only tiles then
     group = group_size if rounds or not (shared or scale is None) else LARGEST_GROUP
-    kernel[rows, triton.cdiv(n, CHANNELS)](
+    _product[rows, triton.cdiv(n, CHANNELS)](
         x, weight, weight if scale is None else scale, out, n, k, 1 if scale is None else scale.shape[1],
         ROUNDS=rounds, SCALED=scale is not None, SHARED=shared, GROUP=group, GROUPS=max(1, TILE // group), CHANNELS=CHANNELS,
     )  # fmt: skip

@@ -1,7 +1,6 @@
 """Every technique on a CUDA or MPS device: applied there, it computes what it computes on a CPU, and leaves nothing behind."""
 
 import copy
-import importlib
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch.nn.functional import cosine_similarity
 from benchmark import new_cache, time_generation
 from inference import generate_ids
 from models import ModelSource
+from records import technique_module
 from stacks import parse_stack
 
 # What needs text to calibrate on learns from random ids here: the tiny model has no words.
@@ -70,5 +70,5 @@ def applied(stack: str, model):
     if "prompt_lookup" not in stack:  # which refuses random weights that say so
         model.source = ModelSource("tiny", "random", "")
     for technique, options in parse_stack(stack):
-        model = importlib.import_module(f"optimizations.{technique}").apply(model, **options)
+        model = technique_module(technique).apply(model, **options)
     return model
