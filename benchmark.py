@@ -48,6 +48,7 @@ class Workload:
     quality_window: int = 512
     quality_chunk: int = 128
     continuation_tokens: int = 32
+    draft_pairs: int = 3
 
     def as_dict(self) -> dict:
         return asdict(self)

@@ -17,7 +17,8 @@ import devices
 import models
 from benchmark import Workload
 
-QUICK = {"new_tokens": 10, "repeats": 6, "quality_windows": 4, "quality_window": 256, "continuation_tokens": 12}
+QUICK = {"new_tokens": 10, "repeats": 6, "quality_windows": 4, "quality_window": 256, "continuation_tokens": 12,
+         "draft_pairs": 1}  # fmt: skip
 DEFAULTS = Workload()
 # Flags that say nothing to a script that times nothing, and to one that does not score recipes either.
 OF_TIMING = ("--batch-size", "--repeats", "--precision", "--budget-s", "--prompts-file", "--json")

@@ -7,13 +7,17 @@ k_proj for ggml's rotary embedding (pairs side by side instead of in two halves)
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 import struct
+import tempfile
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaConfig
+import transformers
+from transformers import AutoTokenizer, LlamaConfig
 
 from streaming import StoredWeights
 
@@ -23,12 +27,36 @@ TENSOR_NAMES = {
     "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }  # fmt: skip
 REORDERED = ("q_proj.weight", "k_proj.weight")
+TOKENIZERS = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tinyllama-optimization" / "tokenizers"
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
 def read_config(path: Path) -> LlamaConfig:
     """The architecture from the file's metadata. Raises ValueError if it is no GGUF file, damaged, or no Llama."""
     return _config(_open(path), path)
+
+
+def load_tokenizer(path: Path, *, sha256: str):
+    """The tokenizer in the file, whose digest is `sha256`: made once, and then read from the JSON it was saved as.
+
+    transformers takes seconds to make it, more than importing it does, in every process anew. Raises what transformers does
+    for a file without one.
+    """
+    kept = TOKENIZERS.expanduser() / f"{sha256[:24]}-{transformers.__version__}"
+    if kept.exists():
+        try:
+            return AutoTokenizer.from_pretrained(kept, trust_remote_code=False)
+        except Exception:  # the library has no type for a damaged file; the one that this was made of is still there
+            shutil.rmtree(kept, ignore_errors=True)
+    made = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
+            made.save_pretrained(whole := Path(folder) / kept.name)
+            whole.rename(kept)
+    except OSError:
+        pass  # it is there already, or nothing can be kept: the next one is made again
+    return made
 
 
 def stored_weights(path: Path) -> StoredWeights:

@@ -129,12 +129,11 @@ def load_tokenizer(source: ModelSource):
     """The model's own tokenizer, or None for random weights, whose prompts are seeded random token ids."""
     if source.kind == "random":
         return None
-    path = Path(source.location)
-    place, told = (
-        (path.parent, {"gguf_file": path.name}) if source.kind == "gguf" else (source.location, {"revision": source.revision})
-    )
     try:
-        return AutoTokenizer.from_pretrained(place, trust_remote_code=False, **told)
+        if source.kind == "gguf":
+            path = Path(source.location)
+            return gguf_model.load_tokenizer(path, sha256=file_sha256(path))
+        return AutoTokenizer.from_pretrained(source.location, revision=source.revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"--model {source.name}: no usable tokenizer ({_first_line(error)})") from None
 

@@ -11,10 +11,10 @@ import torch
 import benchmark
 import interleave
 
-NEW_TOKENS, PAIRS = 48, 3
+NEW_TOKENS = 48
 
 
-def measure(model, prompts: dict[str, list[list[int]]], *, new_tokens: int = NEW_TOKENS, pairs: int = PAIRS) -> dict | None:
+def measure(model, prompts: dict[str, list[list[int]]], *, new_tokens: int = NEW_TOKENS, pairs: int) -> dict | None:
     """What `kind_of_text` says of each kind of prompts (token ids); None without prompts or where none are drafted."""
     if benchmark.decode_steps(model) is benchmark.greedy_steps or not prompts:
         return None

@@ -287,7 +287,7 @@ class _Worker:
 
     def speculation(self, prompts: dict[str, list[list[int]]]) -> dict | None:
         """What drafting gains on prompts of each kind; None for a decode loop that does not draft."""
-        return speculation.measure(self.model, prompts)
+        return speculation.measure(self.model, prompts, pairs=self.job.workload.draft_pairs)
 
     def block(self) -> dict[str, float]:
         """One timed generation."""

@@ -12,10 +12,11 @@ import pytest
 import torch
 from conftest import logits_of
 from pipeline_model import save_tiny_model
-from transformers import LlamaConfig
+from transformers import AutoTokenizer, LlamaConfig
 
 import gguf_model
 import models
+import texts
 from models import ModelSource, find_model, load_config, load_model
 
 
@@ -322,6 +323,33 @@ def test_list_of_end_tokens_gives_one_padding_token(tiny_folder):
     assert isinstance(model.generation_config.pad_token_id, int)
     output = generate_ids(model, torch.tensor([[5, 6, 7], [8, 9, 10]]), max_new_tokens=4)
     assert output.shape[0] == 2
+
+
+@pytest.mark.embedded
+def test_the_tokenizer_of_a_gguf_file_is_made_once(embedded, monkeypatch, tmp_path):
+    """What was kept says what the file says, in every respect; damaged, or without a disk to keep it, it is made again."""
+    monkeypatch.setattr(gguf_model, "TOKENIZERS", tmp_path / "tokenizers")
+    made, from_pretrained = [], AutoTokenizer.from_pretrained
+
+    def watched(place, **told):
+        made.append("gguf_file" in told)
+        return from_pretrained(place, **told)
+
+    monkeypatch.setattr(gguf_model.AutoTokenizer, "from_pretrained", watched)
+    first, kept = models.load_tokenizer(embedded.source), models.load_tokenizer(embedded.source)
+    assert made == [True, False]
+    text = "Naïve   tokens, 12345\n\n\tdef f(x): return x<|im_end|> 😀" + texts._lee_news("evaluation").content[:5000]
+    assert kept(text).input_ids == first(text).input_ids and kept.decode(kept(text).input_ids) == text
+    assert kept.special_tokens_map == first.special_tokens_map and kept.chat_template == first.chat_template
+    assert (kept.bos_token_id, kept.eos_token_id, len(kept)) == (first.bos_token_id, first.eos_token_id, len(first))
+    (folder,) = gguf_model.TOKENIZERS.iterdir()
+    (folder / "tokenizer.json").write_text("{")
+    assert models.load_tokenizer(embedded.source)(text).input_ids == first(text).input_ids
+    assert models.load_tokenizer(embedded.source)(text).input_ids == first(text).input_ids
+    assert made == [True, False, False, True, False]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(gguf_model, "TOKENIZERS", tmp_path / "file" / "tokenizers")
+    assert models.load_tokenizer(embedded.source)(text).input_ids == first(text).input_ids
 
 
 # Files carried by packages

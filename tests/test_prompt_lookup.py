@@ -201,8 +201,8 @@ def test_accepted_tokens_are_counted(ids):
 
 
 def test_plain_decoding_has_no_such_figures():
-    assert speculation.measure(make_tiny(), {"free": [[1, 2]]}) is None
-    assert speculation.measure(apply(make_tiny()), {}) is None
+    assert speculation.measure(make_tiny(), {"free": [[1, 2]]}, pairs=1) is None
+    assert speculation.measure(apply(make_tiny()), {}, pairs=1) is None
 
 
 @pytest.mark.embedded
