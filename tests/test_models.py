@@ -1,6 +1,7 @@
 """Finding and loading models: every wrong `--model` is one sentence, every source gives the weights it holds."""
 
 import copy
+import functools
 import hashlib
 import json
 import shutil
@@ -331,9 +332,11 @@ def test_the_tokenizer_of_a_gguf_file_is_made_once(embedded, monkeypatch, tmp_pa
     monkeypatch.setattr(gguf_model, "TOKENIZERS", tmp_path / "tokenizers")
     made, from_pretrained = [], AutoTokenizer.from_pretrained
 
+    read = functools.cache(from_pretrained)  # out of the same file again only once: it takes seconds
+
     def watched(place, **told):
         made.append("gguf_file" in told)
-        return from_pretrained(place, **told)
+        return (read if made[-1] else from_pretrained)(place, **told)
 
     monkeypatch.setattr(gguf_model.AutoTokenizer, "from_pretrained", watched)
     first, kept = models.load_tokenizer(embedded.source), models.load_tokenizer(embedded.source)
