@@ -30,16 +30,18 @@ def kind_of_text(model, prompts: list[list[int]], *, new_tokens: int, pairs: int
     """
     rows = [torch.tensor([prompt], device=model.device) for prompt in prompts]
 
-    def run(steps) -> list[benchmark.Timing]:
-        return [benchmark.time_generation(model, ids, new_tokens=new_tokens, steps=steps) for ids in rows]
+    drafts, taken = benchmark.decode_steps(model), {}
 
-    def block(steps) -> dict[str, float]:
-        return {"decode_tokens_per_s": len(rows) * (new_tokens - 1) / sum(timing.decode_s for timing in run(steps))}
+    def block(name: str, steps) -> dict[str, float]:
+        taken[name] = [benchmark.time_generation(model, ids, new_tokens=new_tokens, steps=steps) for ids in rows]
+        return {"decode_tokens_per_s": len(rows) * (new_tokens - 1) / sum(timing.decode_s for timing in taken[name])}
 
-    drafting, plain = run(benchmark.decode_steps(model)), run(benchmark.greedy_steps)  # the warm-up of both as well
+    for steps in (benchmark.greedy_steps, drafts):
+        benchmark.time_generation(model, rows[0], new_tokens=new_tokens, steps=steps)  # warm-up
     comparison = interleave.interleave(
-        lambda: block(benchmark.greedy_steps), lambda: block(benchmark.decode_steps(model)), pairs=pairs
+        lambda: block("plain", benchmark.greedy_steps), lambda: block("drafts", drafts), pairs=pairs
     )
+    drafting, plain = taken["drafts"], taken["plain"]
     decoded, passes, drafted = len(rows) * (new_tokens - 1), sum(t.passes for t in drafting), sum(t.drafted for t in drafting)
     same = [torch.equal(ours.tokens, theirs.tokens) for ours, theirs in zip(drafting, plain, strict=True)]
     return {
