@@ -23,6 +23,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tinyllama-optimization"  # made once a machine
 MB = 1e6  # megabytes are powers of ten everywhere in this project
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's names, from glibc's malloc.h
 KEPT_FREE_BYTES, OWN_MAPPING_BYTES = 256 << 20, 32 << 20  # the second is the largest that glibc takes

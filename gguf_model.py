@@ -7,7 +7,6 @@ k_proj for ggml's rotary embedding (pairs side by side instead of in two halves)
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import struct
 import tempfile
@@ -19,6 +18,7 @@ import torch
 import transformers
 from transformers import AutoTokenizer, LlamaConfig
 
+from devices import CACHE
 from streaming import StoredWeights
 
 TENSOR_NAMES = {
@@ -27,7 +27,7 @@ TENSOR_NAMES = {
     "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }  # fmt: skip
 REORDERED = ("q_proj.weight", "k_proj.weight")
-TOKENIZERS = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tinyllama-optimization" / "tokenizers"
+TOKENIZERS = CACHE / "tokenizers"
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 

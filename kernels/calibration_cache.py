@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from devices import CACHE
 from streaming import UnreadWeight, block_rows
 
-ROOT = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tinyllama-optimization" / "calibration"
+ROOT = CACHE / "calibration"
 CODE = ("refit.py", "divergence.py", "pruning_costs.py", "compensation.py")  # a change of the maths is a change of the result
 # As it was when this process began: who edits a file meanwhile changes what the next one computes, not this one.
 SOURCES = {file.name: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}
