@@ -20,7 +20,7 @@ $(STAMP): requirements.txt requirements-embedded.txt pyproject.toml
 	touch $(STAMP)
 
 run: setup
-	$(BIN)/python run_optimization.py $(or $(ARGS),--minutes 11)
+	$(BIN)/python run_optimization.py $(or $(ARGS),--model smollm2-135m --minutes 11)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -63,6 +63,10 @@ class Workload:
         """The share of the final KV cache that a decoded token reads on average."""
         return (self.depth + self.prompt_tokens + self.new_tokens / 2) / self.positions
 
+    def bytes_per_token(self, streamed_bytes: int, kv_cache_mb: float, tokens_per_pass: float = 1.0) -> float:
+        """What is read for one decoded token: weights once a pass, and the KV cache as full as it is on average."""
+        return (streamed_bytes + kv_cache_mb * MB * self.mean_fill) / tokens_per_pass
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -92,10 +96,16 @@ class Timing:
         return rates
 
 
-def new_cache(model):
-    """The KV cache this model asks for: a technique's own where it has set `model.make_cache`, else transformers' default."""
+def new_cache(model, *, room: int = 0):
+    """The KV cache this model asks for: a technique's own where it has set `model.make_cache`, else transformers' default.
+
+    One that can hold `room` tokens from the start is told to: it is then never copied to a larger place.
+    """
     make_cache = getattr(model, "make_cache", None)
-    return make_cache() if make_cache is not None else DynamicCache(config=model.config)
+    cache = make_cache() if make_cache is not None else DynamicCache(config=model.config)
+    if hasattr(cache, "room"):
+        cache.room = room
+    return cache
 
 
 def greedy_steps(model, ids: torch.Tensor, cache, *, new_tokens: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -130,7 +140,7 @@ def time_generation(model, input_ids: torch.Tensor, *, new_tokens: int, depth: i
     """
     steps = steps or decode_steps(model)
     device = input_ids.device
-    cache = new_cache(model)
+    cache = new_cache(model, room=input_ids.shape[1] + new_tokens)
     if depth:
         model(input_ids=input_ids[:, :depth], past_key_values=cache, use_cache=True, logits_to_keep=1)
     prompt = input_ids[:, depth:]

@@ -76,14 +76,19 @@ def place_labels(axes, places):
         leaders.append(leader)
 
 
-def finish(axes, consolidated, drawn, title, xlabel, notes):
-    """Add axis text, legend, title, subtitle and footnotes; return the figure."""
-    figure, results = axes.figure, consolidated["results"]
-    axes.set_xlabel(xlabel)
+def add_legend(axes):
+    """One entry a name, above the axes; nothing where nothing has a name."""
     entries = {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
     if entries:
         style = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "frameon": False, "fontsize": 9}
         axes.legend(entries.values(), entries.keys(), **style)
+
+
+def finish(axes, consolidated, drawn, title, xlabel, notes):
+    """Add axis text, legend, title, subtitle and footnotes; return the figure."""
+    figure, results = axes.figure, consolidated["results"]
+    axes.set_xlabel(xlabel)
+    add_legend(axes)
     missing = [label(r) for r in results if r.get("status") == "ok" and r not in drawn]
     notes = [*notes, f"Not measured: {', '.join(missing)}." if missing else "", noise_floor(consolidated)[1] or ""]
     bad = [r for r in results if r.get("status") != "ok"]

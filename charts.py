@@ -15,7 +15,20 @@ from pathlib import Path
 import matplotlib
 
 from axis_charts import cache_memory, depth_speed
-from chart_parts import BLUE, GREEN, GREY, ORANGE, bar, dot, finish, new_axes, place_labels, rows_of, value_beside
+from chart_parts import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    add_legend,
+    bar,
+    dot,
+    finish,
+    new_axes,
+    place_labels,
+    rows_of,
+    value_beside,
+)
 from pruning_charts import equal_bytes, sensitivity
 from readings import amount, baseline_of, interval, label, number, percent, ratio, speedup, times
 from search import front
@@ -34,7 +47,7 @@ def draw_all(consolidated, folder):
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
         for name, (draw, key) in CHARTS.items():
             records = [r for r in consolidated["results"] if r.get("status") == "ok" and number(r, key) is not None]
-            written += _write(folder, name, draw(consolidated, records) if records else None, consolidated)
+            written += write(folder, name, draw(consolidated, records) if records else None, consolidated)
     return written + draw_all_own(folder)
 
 
@@ -44,11 +57,11 @@ def draw_all_own(folder):
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
         for name, (draw, file) in OWN_CHARTS.items():
             content = _content(folder, file)
-            written += _write(folder, name, draw(content) if content else None, content)
+            written += write(folder, name, draw(content) if content else None, content)
     return written
 
 
-def _write(folder, name, figure, source):
+def write(folder, name, figure, source):
     """The figure as a list of one path; [] where there is none, and then an old picture goes too."""
     path = Path(folder) / "visualizations" / f"{name}.png"
     if figure is None:
@@ -191,9 +204,7 @@ def pareto(consolidated, records):
     for axes, (names, draw_front) in zip(panels, places, strict=True):
         place_labels(axes, names)
         draw_front(color=ORANGE, linestyle="--", label="front", zorder=0.5)
-    handles, names = panels[0].get_legend_handles_labels()
-    style = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "frameon": False, "fontsize": 9}
-    panels[0].legend(*zip(*dict(zip(names, zip(handles, names, strict=True), strict=True)).values(), strict=True), **style)
+    add_legend(panels[0])
     notes = [
         "Lines through a point are its intervals. Front: no recipe keeps more quality and is faster (left) or smaller (right). "
         f"Retention below {LOWEST} % is drawn at {LOWEST} %, with the figure beside the name."

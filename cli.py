@@ -31,7 +31,7 @@ def build_parser(docstring: str, *, without: Iterable[str] = ()) -> argparse.Arg
 
     `without` names those that would do nothing in a script: they keep their defaults and are refused.
     """
-    parser = argparse.ArgumentParser(description=docstring, formatter_class=_Formatter)
+    parser = _Parser(description=docstring, formatter_class=_Formatter)
     parser.set_defaults(runs_workload=not set(OF_RECIPES) <= set(without))
     shared = parser.add_argument_group("model and machine")
     shared.add_argument("--model", "-m", default="auto", metavar="MODEL",
@@ -74,6 +74,13 @@ def _adder(parser: argparse.ArgumentParser, title: str, without: Iterable[str]):
             group.add_argument(flag, *short, default=default, **options)
 
     return add
+
+
+class _Parser(argparse.ArgumentParser):
+    """What argparse finds wrong is said like everything else: one sentence, without the usage before it."""
+
+    def error(self, message: str):
+        fail(self, ValueError(f"{message.removeprefix('argument ')} (--help lists all flags)"))
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

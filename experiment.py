@@ -41,9 +41,12 @@ def run(
         environment = records.environment(device=args.torch_device, threads=args.threads)
         workload, identity = describe(args, prepared, environment)
         store = ResultsFolder(folder, environment=environment, workload=workload, identity=identity, resume=args.resume)
+        environment |= read_bandwidth(args.torch_device, cache=store.cache, threads=args.threads)
     except ValueError as error:
         cli.fail(parser, error)
-    environment |= read_bandwidth(args.torch_device, cache=store.cache, threads=args.threads)
+    except KeyboardInterrupt:
+        console.print("interrupted before anything was measured")
+        return 130
     for notice in (store.notice, records.busy_notice(environment)):
         if notice:
             console.print(f"NOTE  {notice}", markup=False)
@@ -51,7 +54,8 @@ def run(
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".scratch-") as scratch:
             measurement = Measurement(
-                args, prepared=prepared, tokenizer=tokenizer, store=store, scratch=Path(scratch), titles=titles or {},
+                args, prepared=prepared, tokenizer=tokenizer, store=store, scratch=Path(scratch),
+                titles={BASELINE: "Baseline (fp32)"} | (titles or {}),
                 repro=repro, bandwidth_gb_per_s=environment["read_bandwidth_gb_per_s"],
             )  # fmt: skip
             measurement.deadline = time.time() + 60 * minutes if minutes else None  # whatever was downloaded before
@@ -88,9 +92,7 @@ def describe(args, prepared: inputs.Inputs, environment: dict) -> tuple[dict, di
         "quality": prepared.quality_protocol, "axes": args.axes, "precision": args.precision, "budget_s": args.budget_s,
         "prompts_sha256": prepared.sha256,
     }  # fmt: skip
-    machine = {
-        key: environment[key] for key in ("cpu", "gpu", "threads", "os", "torch", "transformers", "commit", "code_sha256")
-    }
+    machine = {key: environment[key] for key in ("cpu", "gpu", "threads", "os", "torch", "transformers", "code_sha256")}
     model = [args.source.name, args.source.revision, models.fingerprint(args.source)]
     identity = {"workload": workload, "model": model, "device": str(args.torch_device)}
     # Through JSON and back, so that it compares equal to what a file holds (tuples become lists).

@@ -1,10 +1,11 @@
 """Finding the best recipe for this machine: `run_optimization.py --find`. What the search knows and decides is in search.py.
 
 First every choice alone, under the lean pass, in a process of its own: loss on a few windows of *calibration* text, bytes,
-memory, a few timed generations. It takes seconds, but for rounding and pruning, which come last and learn from the same text:
-their loss looks a little smaller than it is. Then the few stacks that look best are measured like any recipe, on evaluation
-text and in turns with the baseline; only that decides. find_results.json is written after each step, so that a search
-that was stopped goes on where it was; what `--find-minutes` leaves no time for is named.
+memory, a few timed generations. A choice takes seconds; rounding to int4 and pruning take minutes, so they come last. These two
+learn from the text that they are judged on here: their loss looks a little smaller than it is. Then the few stacks that look
+best are measured like any recipe, on evaluation text and in turns with the baseline; only that decides. find_results.json is
+written after each step, so that a search that was stopped goes on where it was; what `--find-minutes` leaves no time for is
+named.
 """
 
 from __future__ import annotations
@@ -39,17 +40,18 @@ SHARE_ALONE = 0.75  # of the time, for choices alone; whole stacks mostly find w
 # calibration takes twenty. A few steps of tuning take minutes and gain at 4.6 bits, nothing that shows at 6 and 7.
 BRIEFLY = {"calibration_tokens": 8192, "generated_share": 0.0}
 TUNE_STEPS = {"int4-4.6bit": 16}
+MINUTES, MIN_RETENTION = 18.0, 0.97  # by default; what is being measured when the time is over is still finished
 FLAGS = ("--min-retention", "--max-memory-mb", "--min-speedup", "--find-minutes")
 
 
 def add_flags(parser) -> None:
     group = parser.add_argument_group("search")
     group.add_argument("--find", action="store_true", help="find the fastest stack that keeps the limits below")
-    group.add_argument("--min-retention", type=float, metavar="R", help="share of quality to keep (default: 0.97)")
+    group.add_argument("--min-retention", type=float, metavar="R", help=f"share of quality to keep (default: {MIN_RETENTION})")
     group.add_argument("--max-memory-mb", type=float, metavar="MB", help="highest peak memory (default: any)")
     group.add_argument("--min-speedup", type=float, metavar="S", help="least decode speed-up (default: any)")
     group.add_argument(
-        "--find-minutes", type=float, metavar="M", help="what the search may take, the baseline aside (default: 20)"
+        "--find-minutes", type=float, metavar="M", help=f"what the search may take, the baseline aside (default: {MINUTES:g})"
     )
 
 
@@ -61,7 +63,7 @@ def check(args) -> Limits:
         raise ValueError(f"{min(given)}: belongs to --find")
     if args.find and (args.recipes is not None or args.stack):
         raise ValueError("--find: chooses its recipes itself; leave out --recipes and --stack")
-    retention = given.pop("--min-retention", 0.97)
+    retention = given.pop("--min-retention", MIN_RETENTION)
     if not 0 < retention < 1:
         raise ValueError(f"--min-retention {retention:g}: choose a number between 0 and 1, e.g. 0.97")
     for flag, value in given.items():
@@ -77,9 +79,9 @@ def check(args) -> Limits:
 def run(args, limits: Limits, *, parser) -> int:
     """Search, measure what looks best, say which recipe it is. Exit codes as of `experiment.run`."""
     finder = Finder(args, limits)
-    code = experiment.run({}, args, parser=parser, titles={BASELINE: "Baseline (fp32)"}, search=finder.choose_recipes)
+    code = experiment.run({}, args, parser=parser, search=finder.choose_recipes)
     finder.conclude()
-    return code
+    return code or (1 if finder.impossible else 0)
 
 
 class Finder:
@@ -87,10 +89,11 @@ class Finder:
 
     def __init__(self, args, limits: Limits):
         self.args, self.limits = args, limits
-        self.started, self.seconds = time.time(), 60 * (args.find_minutes or 20.0)
+        self.started, self.seconds = time.time(), 60 * (args.find_minutes or MINUTES)
         self.file = Path(args.results_dir) / RESULTS
         self.state: dict = {}
         self.picked: dict[str, Steps] = {}
+        self.impossible = ""  # why nothing can be searched here, if so
 
     def choose_recipes(self, measurement: Measurement) -> dict[str, Steps]:
         """Measure the choices alone, estimate all stacks, and name those to measure, the cheap ones first."""
@@ -98,7 +101,9 @@ class Finder:
         self._resume(measurement.store.consolidated())
         for number, name in enumerate([BASELINE, *search.BY_EXPENSE], 1):
             self._try_alone(name, measurement, f"[{number}/{1 + len(search.BY_EXPENSE)}] {name}")
-            if name in (BASELINE, "lean") and self.state["alone"][name]["status"] != "ok":
+            if name in (BASELINE, "lean") and (alone := self.state["alone"][name])["status"] != "ok":
+                if alone["status"] != "interrupted":
+                    self.impossible = f"{name} cannot be measured here ({alone['reason']})"
                 console.print("the search ends here: everything is compared with the baseline and builds on lean", markup=False)
                 return {}
         estimated = self._estimates()
@@ -125,10 +130,10 @@ class Finder:
         alone = self.state.get("alone", {})
         late = [name for name in search.BY_EXPENSE if alone.get(name, {}).get("status", "interrupted") == "interrupted"]
         ended = {record["name"] for record in measured if record["status"] != "interrupted"}
-        late += [name for name in self.picked if name not in ended]
+        late = [] if self.impossible else late + [name for name in self.picked if name not in ended]
         best = found or nearest
         repeat = best and command([(step["technique"], step["options"]) for step in best["steps"]])
-        sentence = _verdict(found, nearest, self.limits, whole=not late)
+        sentence = self.impossible or _verdict(found, nearest, self.limits, whole=not late)
         self.state |= {
             "front": [record["name"] for record in front], "pick": found and found["name"],
             "nearest": nearest and nearest["name"], "not_reached": late, "sentence": sentence, "command": repeat,
@@ -144,7 +149,7 @@ class Finder:
             if line:
                 shown.print(line, markup=False, highlight=False)
         if late:
-            shown.print(f"Not reached in {self.seconds / 60:g} minutes: {', '.join(late)}. The same command goes on from here.")
+            shown.print(f"Not reached: {', '.join(late)}. The same command goes on from here.")
 
     def _resume(self, consolidated: dict) -> None:
         head = {key: consolidated[key] for key in ("environment", "workload", "identity")}
@@ -227,12 +232,12 @@ class Finder:
         return {name: Single(**{field: alone[field] for field in fields}) for name, alone in measured.items()}
 
     def _estimates(self) -> list[Stack]:
-        stacks = search.all_stacks(self._singles(), baseline_tpot_ms=self.state["alone"][BASELINE]["tpot_ms"])
+        every = search.all_stacks(self._singles(), baseline_tpot_ms=self.state["alone"][BASELINE]["tpot_ms"])
         self.state["estimates"] = [
             {"name": stack.name, "speedup": stack.speedup, "retention": stack.retention, "memory_mb": stack.memory_mb,
-             "bytes_per_token": stack.megabytes_per_token * 1e6} for stack in stacks
+             "bytes_per_token": stack.megabytes_per_token * 1e6} for stack in every
         ]  # fmt: skip
-        return stacks
+        return every
 
     def _seconds_again(self, stack: Stack) -> float:
         """Seconds of rounding that must be spent anew: what was kept on disk was found on weights that nobody had pruned."""

@@ -16,6 +16,7 @@ import gguf
 import numpy as np
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, LlamaConfig
 
 from devices import CACHE
@@ -107,9 +108,13 @@ class _QuickReader(gguf.GGUFReader):
 
 
 def _open(path: Path) -> gguf.GGUFReader:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"--model {path.name}: not a GGUF file (its first four bytes are not 'GGUF')")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ValueError(f"--model {path.name}: cannot be read ({error.strerror})") from None
+    if magic != b"GGUF":
+        raise ValueError(f"--model {path.name}: not a GGUF file (its first four bytes are not 'GGUF')")
     try:
         return _QuickReader(path)
     except Exception as error:  # the reader trusts the file: a damaged one ends in any of a dozen exceptions
@@ -133,14 +138,14 @@ def _config(reader: gguf.GGUFReader, path: Path) -> LlamaConfig:
     if vocabulary is None:
         raise ValueError(f"--model {path.name}: the GGUF file holds no weights (token_embd.weight is missing)")
     heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
-    return LlamaConfig(
+    config = dict(
         vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=field("llama.feed_forward_length"),
         num_hidden_layers=field("llama.block_count"),
         num_attention_heads=heads,
         num_key_value_heads=field("llama.attention.head_count_kv", heads),
-        head_dim=field("llama.rope.dimension_count", width // heads),
+        head_dim=field("llama.rope.dimension_count", 0),
         max_position_embeddings=field("llama.context_length"),
         rms_norm_eps=field("llama.attention.layer_norm_rms_epsilon"),
         rope_parameters={"rope_type": "default", "rope_theta": field("llama.rope.freq_base", 10000.0)},
@@ -148,13 +153,17 @@ def _config(reader: gguf.GGUFReader, path: Path) -> LlamaConfig:
         bos_token_id=field("tokenizer.ggml.bos_token_id", 1),
         eos_token_id=field("tokenizer.ggml.eos_token_id", 2),
     )
+    try:
+        return LlamaConfig(**config | {"head_dim": config["head_dim"] or width // heads})
+    except (TypeError, ValueError, ZeroDivisionError, StrictDataclassError) as error:
+        raise ValueError(f"--model {path.name}: no Llama has this metadata ({str(error).strip().splitlines()[0]})") from None
 
 
 def _parameter_name(gguf_name: str) -> str:
     stem, _, kind = gguf_name.rpartition(".")
     if stem in TOP_NAMES:
         return f"{TOP_NAMES[stem]}.{kind}"
-    _, block, part = stem.split(".")
+    _, block, part = stem.split(".") if stem.count(".") == 2 else ("", "", "")
     if part not in TENSOR_NAMES:
         raise ValueError(f"tensor {gguf_name} has no place in a Llama model")
     return f"model.layers.{block}.{TENSOR_NAMES[part]}.{kind}"

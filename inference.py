@@ -62,7 +62,7 @@ def _generate_by_steps(model, input_ids: torch.Tensor, *, max_new_tokens: int) -
     """Greedy tokens of one sequence, up to and including the first end-of-sequence token."""
     ends = model.generation_config.eos_token_id
     ends = {ends} if isinstance(ends, int) else set(ends or ())
-    cache = new_cache(model)
+    cache = new_cache(model, room=input_ids.shape[1] + max_new_tokens)
     logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     first = logits[:, -1:].argmax(-1)
     ids, new = torch.cat((input_ids, first), 1), first[0].tolist()

@@ -103,11 +103,11 @@ def _timed_prompt(tokenizer, prompts: list[str], *, rows: int, length: int) -> t
 
     Row i starts at prompt i, so that the sequences of a batch differ.
     """
-    filler = load_text("calibration").content[: 8 * length + 1000]
+    filler = load_text("calibration").content
     ids = []
     for row in range(rows):
         start = row % len(prompts)
-        text = "\n".join([*prompts[start:], *prompts[:start], filler[row * 97 :]])
+        text = "\n".join([*prompts[start:], *prompts[:start], filler[row * 97 :][: 8 * length + 1000]])
         row_ids = tokenizer(text).input_ids
         ids.append((row_ids * (length // len(row_ids) + 1))[:length])
     return torch.tensor(ids)

@@ -58,11 +58,11 @@ class Comparison:
 
 def interleave(
     baseline: Block, variant: Block, *, pairs: int, seed: int = 0, precision: float | None = None,
-    budget_s: float | None = None, quantity: str = "decode_tokens_per_s", progress=None,
+    budget_s: float | None = None, progress: Callable[[int], None] | None = None,
 ) -> Comparison:  # fmt: skip
-    """Run at least `pairs` pairs; with `precision`, go on until it is reached or `budget_s` seconds are spent.
+    """Run at least `pairs` pairs; with `precision`, go on until decode's ratio reaches it or `budget_s` seconds are spent.
 
-    `progress(done, comparison)` is called between pairs, never within one.
+    `progress(done)` is called between pairs, never within one.
     """
     rng = np.random.default_rng(seed)
     start = time.monotonic()
@@ -76,10 +76,10 @@ def interleave(
         comparison = Comparison(**taken)
         done = len(taken["baseline"])
         if progress:
-            progress(done, comparison)
+            progress(done)
         if done < pairs:
             continue
-        ratio = comparison.ratio(quantity)
+        ratio = comparison.ratio("decode_tokens_per_s")
         if precision is None or ratio is None or ratio.half_width <= precision:
             return comparison
         if budget_s is not None and time.monotonic() - start >= budget_s:

@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import interleave
 from records import TARGETS
 
+SPEED_QUANTITIES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms", "tpot_ms")
 RETENTION_LEVELS = (0.97, 0.99, 0.999)  # the original's promise; MLPerf's two levels, applied to perplexity
 
 
 def judge(record: dict, baseline: dict, comparison: interleave.Comparison) -> None:
     """Fill in the fields that compare `record` with `baseline`, and its verdicts."""
-    if record["quality_protocol"] != baseline["quality_protocol"]:
-        raise ValueError(f"{record['name']} and the baseline were scored by different protocols: not comparable")
-    decode, prefill = comparison.ratio("decode_tokens_per_s"), comparison.ratio("prefill_tokens_per_s")
-    if decode is not None:
-        record.update(speedup=decode.median, speedup_ci=decode.interval, verdict=decode.verdict)
-        record["smallest_resolved"] = decode.half_width if decode.interval else None
-    record.update(prefill_speedup=prefill.median, prefill_speedup_ci=prefill.interval, prefill_verdict=prefill.verdict)
+    fill_ratios(record, comparison)
     record["ceiling_speedup"] = baseline["bytes_per_token"] / record["bytes_per_token"]
     record["retention_verdicts"] = retention_verdicts(record["perplexity_retention_ci"])
     record["targets_met"] = judge_targets(record, baseline)
     record["explanation"] = explain(record)
     if record["explanation"] and record["speculation"]:
         record["explanation"] += f"; {explain_drafts(record['speculation'])}"
+
+
+def fill_ratios(record: dict, comparison: interleave.Comparison) -> None:
+    """Speed-ups over the baseline, pair by pair, with their intervals and verdicts."""
+    decode, prefill = comparison.ratio("decode_tokens_per_s"), comparison.ratio("prefill_tokens_per_s")
+    if decode is not None:
+        record.update(speedup=decode.median, speedup_ci=decode.interval, verdict=decode.verdict)
+        record["smallest_resolved"] = decode.half_width if decode.interval else None
+    record.update(prefill_speedup=prefill.median, prefill_speedup_ci=prefill.interval, prefill_verdict=prefill.verdict)
+
+
+def fill_medians(record: dict, samples: list[dict]) -> None:
+    """The raw samples of each speed quantity, and their medians."""
+    record["samples"] = {key: [sample[key] for sample in samples if key in sample] for key in SPEED_QUANTITIES}
+    for key, values in record["samples"].items():
+        record[key] = statistics.median(values) if values else None
 
 
 def explain_speed(record: dict, bandwidth_gb_per_s: float | None) -> None:

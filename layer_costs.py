@@ -44,8 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.source.random_weights:
             raise ValueError(f"--model {args.source.name}: random weights have no loss to raise; choose a real model")
-        if models.load_tokenizer(args.source) is None:
-            raise ValueError(f"--model {args.source.name}: needs a tokenizer")
+        models.load_tokenizer(args.source)  # raises where there is none
         models.fetch_weights(args.source)
         texts.load_text("calibration")
     except ValueError as error:

@@ -17,7 +17,6 @@ from store import ResultsFolder
 from worker import Job, RecipeError, WorkerProcess
 
 BASELINE = "baseline"
-SPEED_QUANTITIES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms", "tpot_ms")
 AXIS_PAIRS = 6  # the fewest that an interval can be had from
 NOISE_PAIRS = 8  # judged on two quantities: with six pairs one sound run in sixteen would be called untrustworthy
 HEADROOM = 1.15  # a load needs this much more than its measured peak before it counts as fitting
@@ -29,11 +28,18 @@ class Side:
 
     def __init__(self, job: Job):
         self.job = job
+        self.blame = ""  # what its failure says first, for either side may end a comparison
         self.worker: WorkerProcess | None = None
         self.loaded: dict = {}  # what the worker said of the model when it loaded
         self.rival: Side | None = None  # set where memory holds only one of the two models
 
     def call(self, command: str, **arguments):
+        try:
+            return self._call(command, **arguments)
+        except RecipeError as error:
+            raise RecipeError(error.status, f"{self.blame}{error}", error.details) from None
+
+    def _call(self, command: str, **arguments):
         if self.rival is not None:
             self.rival.release()
         if self.worker is None or not self.worker.alive:
@@ -79,6 +85,7 @@ class Measurement:
             self._guarded(self.baseline, self._measure_baseline)
             if self.baseline["status"] != "ok":
                 return
+            self.baseline_side.blame = "the baseline beside it: "
             if aa:  # again when a run goes on: the machine may be noisier now
                 self._measure_noise_floor()
             for number, (name, steps) in enumerate(waiting.items(), 1):
@@ -100,7 +107,7 @@ class Measurement:
             name=name, title=self.titles.get(name, name), status="interrupted", reason="the run ended here",
             model=args.source.name, device=str(args.torch_device), random_weights=args.source.random_weights,
             repro=self.repro(name), quality_protocol=self.inputs.quality_protocol,
-            steps=[{"technique": technique, "options": records.resolved(technique, options)} for technique, options in steps],
+            steps=records.resolved(steps),
         )  # fmt: skip
 
     def _guarded(self, record: dict, measure) -> None:
@@ -176,8 +183,8 @@ class Measurement:
         record.update(memory)
         with console.status(f"{record['name']}: size on disk"):
             record["model_size_mb"] = side.call("size")
-        read_bytes = streamed_bytes + record["kv_cache_mb"] * 1e6 * self.args.workload.mean_fill
-        record["bytes_per_token"] = read_bytes / tokens_per_pass
+        work = self.args.workload
+        record["bytes_per_token"] = work.bytes_per_token(streamed_bytes, record["kv_cache_mb"], tokens_per_pass)
 
     def _make_room(self, record: dict, side: Side) -> None:
         """Where memory cannot hold both models, each is loaded in its turn: slow, but still interleaved."""
@@ -197,7 +204,7 @@ class Measurement:
             return interleave.interleave(
                 lambda: self.baseline_side.call("block"), lambda: side.call("block"),
                 pairs=max(pairs, self.args.workload.repeats), seed=self.args.seed, precision=self.args.precision,
-                budget_s=self.args.budget_s, progress=lambda done, _: status.update(f"{name}: timing, pair {done}"),
+                budget_s=self.args.budget_s, progress=lambda done: status.update(f"{name}: timing, pair {done}"),
             )  # fmt: skip
 
     def _measure_axes(self, record: dict, side: Side) -> list[dict] | None:
@@ -250,9 +257,7 @@ class Measurement:
         console.print(f"  {judgement.noise_sentence(self.store.aa)}", markup=False)
 
     def _fill_speed(self, record: dict, samples: list[dict]) -> None:
-        record["samples"] = {key: [sample[key] for sample in samples if key in sample] for key in SPEED_QUANTITIES}
-        for key, values in record["samples"].items():
-            record[key] = statistics.median(values) if values else None
+        judgement.fill_medians(record, samples)
         judgement.explain_speed(record, self.bandwidth_gb_per_s)
 
     def _continuations(self, side: Side) -> list[list[int]]:
@@ -271,3 +276,5 @@ class Measurement:
             console.print(f"  {record['name']}: {record['status']}: {record['reason']}", markup=False)
             return
         console.print(f"  {judgement.one_line(record)}", markup=False)
+        for note in record["notes"] or []:
+            console.print(f"    {note}", style="dim", markup=False)

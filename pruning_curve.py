@@ -23,7 +23,7 @@ import inputs
 import models
 import records
 from measurement import BASELINE, console
-from search import count_weights
+from search import count_weights, prunable_weights
 from stacks import Steps
 from store import is_valid, lock, read_json, set_aside, validate
 from worker import Job, RecipeError, WorkerProcess
@@ -81,8 +81,8 @@ def parse_shares(text: str) -> list[float]:
 
 def plan(config, kinds, shares=SHARES) -> dict[str, tuple[str, Steps]]:
     """Name -> (title, steps) of every point, by the bytes that the configuration tells."""
-    layers, heads = config.num_hidden_layers, config.num_attention_heads
-    head, attention, mlp, streamed = count_weights(config)
+    layers, prunable = config.num_hidden_layers, prunable_weights(config)
+    _, attention, mlp, streamed = count_weights(config)
     points: dict[str, tuple[str, Steps]] = {}
     for kind in kinds:
         for share in shares:
@@ -92,8 +92,8 @@ def plan(config, kinds, shares=SHARES) -> dict[str, tuple[str, Steps]]:
                 title = f"{count} {'attention sublayer' if kind == 'attention' else 'block'}{'s' if count > 1 else ''}"
                 points[f"{kind}-{count}"] = (title, [("layer_pruning", {"what": kind, "count": count})])
                 continue
-            ratio = round(going / (layers * (heads * head if kind == "heads" else mlp)), 3)
             technique, options = {"heads": ("head_pruning", {"method": "calibrated"}), "width": ("mlp_pruning", {})}[kind]
+            ratio = round(going / (layers * prunable[technique]), 3)
             title = f"{ratio:.1%} of the {'heads' if kind == 'heads' else 'MLP width'}"
             points[f"{kind}-{ratio:g}"] = (title, [(technique, options | {"prune_ratio": ratio})])
     return points
@@ -139,7 +139,7 @@ class Curve:
         record = records.new_record(
             name=name, title=title, status="ok", model=args.source.name, device=str(args.torch_device), random_weights=False,
             repro=experiment.repro(name), quality_protocol=self.prepared.quality_protocol,
-            steps=[{"technique": technique, "options": records.resolved(technique, options)} for technique, options in steps],
+            steps=records.resolved(steps),
         )  # fmt: skip
         job = Job.of(args, steps, self.prepared.input_ids, scratch)
         try:
@@ -157,7 +157,7 @@ class Curve:
                     quality = worker.call("score_baseline", windows=self.prepared.windows, reference_file=reference)
         except (RecipeError, ValueError) as error:
             return record | {"status": getattr(error, "status", "unsupported"), "reason": str(error)}
-        record["bytes_per_token"] = streamed_bytes + record["kv_cache_mb"] * 1e6 * args.workload.mean_fill
+        record["bytes_per_token"] = args.workload.bytes_per_token(streamed_bytes, record["kv_cache_mb"])
         return record | {key: quality[key] for key in records.QUALITY_KEYS}
 
 

@@ -26,15 +26,17 @@ def load_results(folder):
 
 def number(record, key):
     """The value as a number, or None where it was not measured (null, missing, NaN or infinite)."""
-    value = (record or {}).get(key)
+    return _finite((record or {}).get(key))
+
+
+def _finite(value):
     return value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
 
 
 def interval(record, key):
     """(low, high), or None where either end is missing."""
-    ends = dict(enumerate((record or {}).get(key) or ()))
-    numbers = tuple(number(ends, place) for place in ends)
-    return numbers if len(numbers) == 2 and None not in numbers else None
+    ends = tuple(map(_finite, (record or {}).get(key) or ()))
+    return ends if len(ends) == 2 and None not in ends else None
 
 
 def label(record):

@@ -72,9 +72,14 @@ def _gpu_memory_in_use_mb(device: torch.device) -> float | None:
     return (total - free) / MB
 
 
-def resolved(technique: str, options: dict) -> dict:
-    """`options` with the defaults of the technique's `apply` filled in, so that a record stands alone."""
-    return (technique_module(technique).apply.__kwdefaults__ or {}) | options
+def resolved(steps: list[tuple[str, dict]]) -> list[dict]:
+    """The `steps` of a record: all options, those of the defaults of `apply` as well, so that it stands alone."""
+    return [{"technique": technique, "options": defaults_of(technique) | options} for technique, options in steps]
+
+
+def defaults_of(technique: str) -> dict:
+    """What `apply` of a technique takes where nothing is said."""
+    return technique_module(technique).apply.__kwdefaults__ or {}
 
 
 def technique_module(technique: str):
@@ -167,6 +172,6 @@ def _finite(content):
     return content
 
 
-def file_size_mb(folder: Path) -> float:
-    """Bytes of all files below `folder`, in MB."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / MB
+def file_size_mb(path: Path) -> float:
+    """Bytes of a file, or of all files below a folder, in MB."""
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file()) / MB

@@ -18,7 +18,8 @@ import experiment
 import find
 import stacks
 
-# The experiment on one screen: recipe -> (label, steps in order). Order has a meaning: prune -> precision -> weights -> cache.
+# The experiment on one screen: recipe -> (label, steps in order). The order of steps has a meaning: prune -> precision ->
+# weights -> cache. That of recipes says what a run that ends early still shows: the four techniques, then the best stack.
 LEAN = ("lean_decode", {})
 RECIPES = {
     "mixed_precision": ("Mixed precision", [("mixed_precision", {})]),
@@ -29,11 +30,11 @@ RECIPES = {
     "int8_classic": ("Int8, torch's own (classic)", [("quantization", {"scheme": "classic"})]),
     "head_pruning": ("Head pruning 25 %", [("head_pruning", {})]),
     "kv_cache_int8": ("Int8 KV cache", [("kv_cache_quant", {})]),
+    "int8+lean": ("Int8 + lean", [("quantization", {"scheme": "grouped"}), LEAN]),
     "lean": ("Lean decode", [LEAN]),
     "half+kv8": ("Mixed precision + int8 KV", [("mixed_precision", {}), ("kv_cache_quant", {})]),
     "prune+int8+kv8": ("Pruning + int8 + int8 KV", [("head_pruning", {}), ("quantization", {}), ("kv_cache_quant", {})]),
     "half+lean": ("Mixed precision + lean", [("mixed_precision", {}), LEAN]),
-    "int8+lean": ("Int8 + lean", [("quantization", {"scheme": "grouped"}), LEAN]),
     "int8+lean+lookup": ("Int8 + lean + prompt lookup", [("quantization", {"scheme": "grouped"}), LEAN, ("prompt_lookup", {})]),
     "int8+kv8+lean": ("Int8 + int8 KV + lean", [("quantization", {"scheme": "grouped"}), ("kv_cache_quant", {}), LEAN]),
     "int4+lean": ("Int4 + lean", [("int4", {}), LEAN]),
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         return find.run(args, limits, parser=parser)
     steps = {name: with_options(RECIPES[name][1], dtype=args.dtype, quick=args.quick) for name in names} | own
     titles = {name: RECIPES[name][0] for name in names} | {name: stacks.spell(stack) for name, stack in own.items()}
-    return experiment.run(steps, args, parser=parser, titles=titles | {"baseline": "Baseline (fp32)"}, aa=True)
+    return experiment.run(steps, args, parser=parser, titles=titles, aa=True)
 
 
 def recipe_names(args) -> list[str]:

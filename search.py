@@ -4,8 +4,8 @@ Pure arithmetic on numbers that others measured. The space is a product of a few
 techniques combine. Each choice is measured alone, with the lean pass; a stack is estimated from its choices:
     loss         adds up: nats per token more than the untouched model's, as if the choices did not know of each other
     bytes        multiply: what is left of the weights after one choice is what the next one works on
-    time a byte  multiplies likewise: how much faster or slower than under the lean pass alone a choice's bytes are read. Times
-                 beyond reading are not added up: of float32's the noise alone is as long as a whole token in int8
+    time a byte  multiplies likewise: how much faster or slower than under the lean pass alone a choice's bytes are read. What a
+                 token takes beyond reading is not estimated: float32's noise alone is as long as a whole token in int8
     memory       the weights by the rule for bytes; the rest of the peak adds up
 Estimates rank; they decide nothing. What is chosen in the end was measured whole (find.py).
 """
@@ -137,18 +137,23 @@ def count_weights(config) -> Weights:
     return Weights(head, attention, mlp, streamed)
 
 
-def pruned_share(name: str, config) -> float | None:
-    """Share of the weights that a token reads which a choice takes away, by the model's shape; None if it prunes nothing.
+def prunable_weights(config) -> dict[str, int]:
+    """Of one layer, how many weights go with all of what a technique may take a share of.
 
     A KV head goes with the last of its query heads: counted where each has one only.
     """
-    technique, options = steps_of(alone(name))[0]
     weights, heads = count_weights(config), config.num_attention_heads
     own_kv_heads = config.num_key_value_heads == heads
-    prunable = {"head_pruning": weights.attention if own_kv_heads else heads * weights.head, "mlp_pruning": weights.mlp}
+    return {"head_pruning": weights.attention if own_kv_heads else heads * weights.head, "mlp_pruning": weights.mlp}
+
+
+def pruned_share(name: str, config) -> float | None:
+    """Share of the weights that a token reads which a choice takes away, by the model's shape; None if it prunes nothing."""
+    technique, options = steps_of(alone(name))[0]
+    prunable = prunable_weights(config)
     if technique not in prunable:
         return None
-    return options["prune_ratio"] * config.num_hidden_layers * prunable[technique] / weights.streamed
+    return options["prune_ratio"] * config.num_hidden_layers * prunable[technique] / count_weights(config).streamed
 
 
 def estimate(choices, singles: dict[str, Single], *, baseline_tpot_ms: float) -> Stack:

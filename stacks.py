@@ -13,7 +13,7 @@ import hashlib
 import re
 from pathlib import Path
 
-from records import technique_module
+from records import defaults_of
 
 Steps = list[tuple[str, dict]]
 
@@ -48,7 +48,7 @@ def spell(steps: Steps) -> str:
     """The line that `parse_stack` reads as `steps`; options that have their default's value are left out."""
     parts = []
     for technique, options in steps:
-        defaults = technique_module(technique).apply.__kwdefaults__ or {}
+        defaults = defaults_of(technique)
         chosen = [f"{key}={_spelled(value)}" for key, value in options.items() if value != defaults[key]]
         parts.append(technique + (":" + ",".join(chosen) if chosen else ""))
     return " + ".join(parts)
@@ -64,7 +64,7 @@ def _parse_step(part: str) -> tuple[str, dict]:
     technique, colon, listed = (piece.strip() for piece in part.partition(":"))
     if technique not in techniques():
         raise ValueError(f"--stack {technique!r}: choose from {', '.join(techniques())}")
-    defaults = technique_module(technique).apply.__kwdefaults__ or {}
+    defaults = defaults_of(technique)
     texts: dict[str, str] = {}
     for item in listed.split(",") if colon else []:
         key, equals, value = (piece.strip() for piece in item.partition("="))

@@ -1,8 +1,8 @@
 """The results folder: one JSON a recipe, one that gathers them; nothing lost, nothing mixed, one writer at a time.
 
-A finished recipe is skipped on the next run only if its options, workload, model, code, commit and machine are the
-same. Results that were measured differently, and files that are not JSON, are moved to `previous/`: never
-overwritten, and never shown in one table with new ones.
+A finished recipe is skipped on the next run only if its options, workload, model, code and machine are the same.
+Results that were measured differently, and files that are not JSON, are moved to `previous/`: never overwritten, and
+never shown in one table with new ones.
 """
 
 from __future__ import annotations

@@ -120,6 +120,7 @@ def _read_text_file(text_file: str) -> Text:
     return Text(path.name, content)
 
 
+@functools.cache
 def _wikitext(part: str) -> Text | None:
     """wikitext-2-raw, joined as in the GPTQ and Wanda papers; None where it is neither cached nor reachable."""
     import socket

@@ -215,7 +215,9 @@ class _Worker:
         """
         steps = [(technique_module(technique).apply, options) for technique, options in self.job.steps]
         torch.ones(256, 256).matmul(torch.ones(256, 256))  # the first product maps the BLAS libraries
+        start = time.perf_counter()
         load_kernels()  # a library as well
+        compile_s = time.perf_counter() - start
         release_memory(self.device)
         self.runtime_mb = resident_mb() if self.device.type == "cpu" else 0.0
         read = not steps or not takes_unread(steps[0][0])
@@ -231,6 +233,7 @@ class _Worker:
             apply_s = time.perf_counter() - start
         self.phases["apply_peak_mb"] = apply_peak.peak_mb - self.runtime_mb if steps else None
         release_memory(self.device)
+        compiled = [f"C++ kernels compiled in {compile_s:.0f} s, once a machine, in no other figure"] if compile_s > 5 else []
         return {
             "load_s": load_s,
             "apply_s": apply_s if steps else None,
@@ -240,7 +243,7 @@ class _Worker:
             "parameters": benchmark.count_parameters(self.model),
             "dtype": benchmark.main_dtype(self.model),
             "evidence": benchmark.evidence(self.model),
-            "notes": getattr(self.model, "notes", None),
+            "notes": [*getattr(self.model, "notes", []), *compiled] or None,
             "streamed_bytes": benchmark.streamed_bytes(self.model),
             "calibrated": CalibrationCache.saved > 0,
         }
@@ -303,7 +306,10 @@ class _Worker:
 
     def first_bad_layer(self) -> str:
         """Which layer's output first stops being finite: where to look."""
-        name = benchmark.first_non_finite_module(self.model, self._inputs())
+        try:
+            name = benchmark.first_non_finite_module(self.model, self._inputs())
+        except Exception as error:  # of what went wrong already, the first reason counts
+            return f"where it began could not be found ({type(error).__name__})"
         return f"first in {name}" if name else "no layer of a plain forward pass shows it"
 
     def _inputs(self, depth: int | None = None, batch_size: int | None = None) -> torch.Tensor:

@@ -7,8 +7,6 @@ sums the second moments of what reaches them (as int8 groups, which is what they
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable
 
 import torch
@@ -16,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from devices import has_half_arithmetic, require_float64
+from kernels.calibration_cache import show_progress
 from kernels.gptq import Form, damp, gptq_refined
 from kernels.int4 import dequantize_int4
 from kernels.int8 import dequantize_groups, quantize_groups
@@ -85,7 +84,7 @@ def round_blockwise(
     forms: dict[str, Form] = {}
     hidden, arguments = _inputs_of_blocks(model, ids)
     exact = hidden.clone() if correction else None
-    blocks, start = model.model.layers, time.perf_counter()
+    blocks = model.model.layers
     for index, block in enumerate(blocks):
         originals = {name: block.get_submodule(name) for stage in STAGES for name in stage}
         try:
@@ -104,9 +103,7 @@ def round_blockwise(
         finally:
             for name, original in originals.items():
                 block.set_submodule(name, original)
-        _progress(
-            f"int4: block {index + 1} of {len(blocks)}, {time.perf_counter() - start:.0f} s", last=index + 1 == len(blocks)
-        )
+        show_progress("rounding, block", index + 1, len(blocks))
     x = round_inputs(torch.cat([model.model.norm(window) for window in hidden]), group_size)
     damping = TIED_DAMPING if tied else damping
     forms["lm_head"] = gptq_refined(model.lm_head.weight, x.T @ x / len(x), group_size=group_size, damping=damping)
@@ -202,8 +199,3 @@ def _round_together(weight: torch.Tensor, originals: dict, moments, group_size: 
 
 def _first(output) -> torch.Tensor:
     return output[0] if isinstance(output, tuple) else output
-
-
-def _progress(line: str, *, last: bool) -> None:
-    """One line on stderr that overwrites itself on a terminal."""
-    print(line, end="\r" if sys.stderr.isatty() and not last else "\n", file=sys.stderr, flush=True)

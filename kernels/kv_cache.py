@@ -1,11 +1,13 @@
 """KV caches with room to grow: keys and values lie in one place, and a decode step writes its token there.
 
 transformers' own cache joins old and new tokens into a fresh tensor at every step, which copies the whole cache. Here a
-layer holds [B, Hkv, capacity, d] and how many tokens of it are real. The first prompt gets exactly the room it needs,
-then room grows by an eighth at a time; `nbytes` counts all of it.
+layer holds [B, Hkv, capacity, d] and how many tokens of it are real. It begins with `room` where that is known beforehand,
+else with what the first prompt needs, and then grows by an eighth at a time; `nbytes` counts all of it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -23,6 +25,7 @@ class RoomyLayer(CacheLayerMixin):
     is_croppable = True
     STORED = ("keys", "values")
     DTYPE = torch.bfloat16
+    room = 0  # tokens to begin with, if more than the first prompt
 
     def __init__(self):
         super().__init__()
@@ -33,7 +36,7 @@ class RoomyLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.dtype, self.device, self.is_initialized = dtype, device, True
             for name in self.STORED:
-                setattr(self, name, self.empty(name, (batch_size, kv_heads, tokens, head_dim)))
+                setattr(self, name, self.empty(name, (batch_size, kv_heads, max(tokens, self.room), head_dim)))
         needed = self.length + tokens
         if needed > self.keys.shape[2]:
             capacity = -(-max(needed, int(self.length * GROWTH)) // ROUND_UP_TO) * ROUND_UP_TO
@@ -113,22 +116,44 @@ class RoomyLayer(CacheLayerMixin):
 
 
 class RoomyCache(Cache):
-    """A transformers cache of such layers; works wherever `DynamicCache` does."""
+    """A transformers cache of such layers; works wherever `DynamicCache` does. `room` counts until a layer gets its tokens."""
 
     LAYER = RoomyLayer
+    room = 0
 
     def __init__(self):
-        super().__init__(layer_class_to_replicate=self.LAYER)
+        super().__init__(layer_class_to_replicate=self._new_layer)
+
+    def _new_layer(self) -> RoomyLayer:
+        layer = self.LAYER()
+        layer.room = self.room
+        return layer
 
     def layer(self, index: int) -> RoomyLayer:
         while len(self.layers) <= index:
-            self.layers.append(self.LAYER())
+            self.layers.append(self._new_layer())
         return self.layers[index]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all values and scales held, room to grow included."""
         return sum(layer.nbytes for layer in self.layers)
+
+
+def use_cache(model, make_cache: Callable[[], Cache]) -> None:
+    """Give `model` a KV cache of its own: `benchmark.new_cache` asks it for one, and so does transformers' `generate` where it
+    is called without a cache (`cache_implementation` and `use_cache=False` are obeyed)."""
+    model.make_cache = make_cache
+    prepare = model._prepare_cache_for_generation
+
+    def prepare_own(generation_config, model_kwargs: dict, *arguments, **options):
+        no_other = generation_config.cache_implementation is None and generation_config.use_cache is not False
+        if model_kwargs.get("past_key_values") is None and no_other:
+            model_kwargs["past_key_values"] = make_cache()
+            return None
+        return prepare(generation_config, model_kwargs, *arguments, **options)
+
+    model._prepare_cache_for_generation = prepare_own
 
 
 def _resized(tensor: torch.Tensor, length: int, capacity: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from kernels.calibration_cache import CalibrationCache
 from kernels.modules import is_tied
 
 STRENGTH, CALIBRATION_TOKENS = 0.7, 16384  # what loses least on held-out text; enough tokens to meet the outliers
@@ -125,11 +126,15 @@ def _put(module: nn.Module, name: str, values: torch.Tensor) -> None:
 
 def smooth(model, ids: torch.Tensor, strength: float) -> str:
     """Migrates the outliers that token windows `ids` int64 [windows, window] show, in place; returns what was done."""
-    places = list(seams(model))
-    network = model.model if is_tied(model) else model  # without an input of lm_head to look at, its logits cost for nothing
-    largest = input_absmax(lambda: [network(input_ids=window[None], use_cache=False) for window in ids], places)
-    for place, x_absmax in zip(places, largest, strict=True):
-        migrate(place, x_absmax, strength)
+    places, cache = list(seams(model)), CalibrationCache.of(model, ids, code=("smoothing.py",))
+    largest = cache.tensors("absmax", model.device)
+    if largest is None or len(largest) != len(places):
+        network = model.model if is_tied(model) else model  # a tied lm_head has no seam: its logits need not be computed
+        found = input_absmax(lambda: [network(input_ids=window[None], use_cache=False) for window in ids], places)
+        largest = {place.name: x_absmax for place, x_absmax in zip(places, found, strict=True)}
+        cache.save_tensors("absmax", largest)
+    for place in places:
+        migrate(place, largest[place.name], strength)
     tied = "; lm_head is tied to the input embedding and stays as it is" if is_tied(model) else ""
     text = "random ids" if model.source.random_weights else "calibration text"
     blocks = len(model.model.layers)

@@ -21,14 +21,14 @@ import torch
 
 import cli
 from inference import Inference
-from kernels.kv_cache import RoomyCache, RoomyLayer
+from kernels.kv_cache import RoomyCache, RoomyLayer, use_cache
 
 
 def apply(model):
     """Give `model` an int8 KV cache; no weight changes. Raises ValueError if a technique has set one already."""
     if getattr(model, "make_cache", None) is not None:
         raise ValueError("this model already has a KV cache of its own: apply kv_cache_quant once")
-    model.make_cache = Int8Cache
+    use_cache(model, Int8Cache)
     return model
 
 

@@ -27,7 +27,7 @@ import torch
 import cli
 from inference import Inference
 from kernels.build import cpu_variant, gpu_kernels, load_kernels
-from kernels.kv_cache import RoomyCache, RoomyLayer
+from kernels.kv_cache import RoomyCache, RoomyLayer, use_cache
 from kernels.lean import LeanForward, use_lean_forward
 
 
@@ -58,7 +58,7 @@ def apply(model, *, kv_dtype: str = "bfloat16"):
         raise ValueError("this model has the lean forward pass already: apply lean_decode once, last of all techniques")
     lean = use_lean_forward(model)
     if getattr(model, "make_cache", None) is None:
-        model.make_cache = CACHES[kv_dtype]
+        use_cache(model, CACHES[kv_dtype])
     how = "PyTorch twins"
     if model.device.type == "cpu":
         how = load_kernels() or f"C++ kernels, {cpu_variant()}"

@@ -42,7 +42,7 @@ def apply(model, *, dtype: str = "auto", untie: bool = False):
     """
     check_not_lean(model)
     check(model.config, dtype=dtype, untie=untie)
-    half, native, reason = _choose(model.device, dtype)
+    half, native, how = _choose(model.device, dtype)
     if not any(type(module) is nn.Linear for module in model.modules()):
         raise ValueError("no nn.Linear left to convert: run mixed_precision before quantization")
     tied = is_tied(model)
@@ -55,7 +55,7 @@ def apply(model, *, dtype: str = "auto", untie: bool = False):
         _cast_where_dtypes_meet(model, half)
     use_grouped_heads(model)
     use_gated_mlps(model)
-    model.notes = [*getattr(model, "notes", []), _note(half, native, reason, tied, untie)]
+    model.notes = [*getattr(model, "notes", []), how + _table_note(tied, untie)]
     return model
 
 
@@ -66,13 +66,19 @@ def check(config, *, dtype: str = "auto", untie: bool = False) -> None:
 
 
 def _choose(device: torch.device, dtype: str) -> tuple[torch.dtype, bool, str]:
+    """The dtype, whether the device multiplies it by operators of its own, and what is said of it."""
     half = DTYPES["bf16" if device.type == "cpu" else "fp16"] if dtype == "auto" else DTYPES[dtype]
     native, reason = has_half_arithmetic(device, half)
     if half == torch.float16 and not native:
         raise Unsupported(f"fp16 on this CPU is slower than float32 ({reason}): use bf16")
-    if device.type == "cpu" and half == torch.bfloat16 and load_kernels() is None:
-        return half, False, f"C++ kernels, {cpu_variant()}: activations stay float32 between layers"
-    return half, native, reason
+    name = str(half).removeprefix("torch.")
+    how = f"{name} products in hardware ({reason})" if native else f"{name} weights, float32 products: {reason}"
+    if device.type == "cpu":
+        missing = load_kernels()
+        if missing is None and half == torch.bfloat16:
+            return half, False, f"{name} weights, C++ kernels, {cpu_variant()}: activations stay float32 between layers"
+        how += f"; {missing}" if missing else ""
+    return half, native, how
 
 
 def _cast_where_dtypes_meet(model, half: torch.dtype) -> None:
@@ -85,14 +91,10 @@ def _cast_where_dtypes_meet(model, half: torch.dtype) -> None:
     decoder.rotary_emb = CastAfter(decoder.rotary_emb, half)  # else float32 angles promote q and k, but not v
 
 
-def _note(half: torch.dtype, native: bool, reason: str, tied: bool, untie: bool) -> str:
-    name = str(half).removeprefix("torch.")
-    if native:
-        how = f"{name} products in hardware ({reason})"
-    else:
-        how = f"{name} weights, {reason if 'kernels' in reason else 'float32 products: ' + reason}"
-    table = "" if not tied else "; embedding table untied, float32 copy kept" if untie else "; tied table kept, in half"
-    return how + table
+def _table_note(tied: bool, untie: bool) -> str:
+    if not tied:
+        return ""
+    return "; embedding table untied, float32 copy kept" if untie else "; tied table kept, in half"
 
 
 class MixedPrecisionInference(Inference):

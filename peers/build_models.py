@@ -23,7 +23,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-CACHE = Path("~/.cache/tinyllama-optimization/peers").expanduser()
+# As devices.CACHE, which needs torch: `--help` need not wait for it.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tinyllama-optimization" / "peers"
 MODEL = "tinyllama-random"
 HUGGINGFACE = "huggingface"
 LLAMA_FTYPES = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15}  # enum llama_ftype of llama.h

@@ -6,14 +6,13 @@ python -m peers.chart results/peers        # draw again from peers_results.json
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import matplotlib
 
 from chart_parts import BLUE, GREY, ORANGE, finish, rows_of
-from charts import STYLE, digest
+from charts import STYLE, write
 from readings import amount, interval, noise_floor, number, times
 
 PANELS = (("decode", "decode_tokens_per_s", ""), ("prefill", "prefill_tokens_per_s", "prefill_"))
@@ -22,18 +21,10 @@ LOOKS = {"float32 baseline": (GREY, "//"), "ours": (BLUE, ""), "peer": (ORANGE, 
 
 def draw(content: dict, folder: Path) -> Path | None:
     """folder/visualizations/peers.png; None, and a stale picture is deleted, where nothing was measured."""
-    path = Path(folder) / "visualizations" / "peers.png"
     shown = [record for record in content["results"] if record["status"] == "ok"]
-    if not shown:
-        path.unlink(missing_ok=True)
-        return None
-    path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE}):
-        figure = panels(content, by_width(shown, content.get("bits") or {}))
-        temporary = path.with_suffix(".tmp")
-        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.2, metadata={"Source": digest(content)})
-        os.replace(temporary, path)
-    return path
+        figure = panels(content, by_width(shown, content.get("bits") or {})) if shown else None
+        return next(iter(write(folder, "peers", figure, content)), None)
 
 
 def by_width(shown: list[dict], bits: dict) -> list[dict]:

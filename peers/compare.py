@@ -11,7 +11,7 @@ Writes  DIR/<contender>_results.json, DIR/peers_results.json, DIR/visualizations
 Our recipes run in this Python, the peers in --peers-python (peers/README.md). About 25 minutes on two cores with the defaults:
 
     python peers/compare.py
-    python peers/compare.py --recipes int8,int8_weight_only --peers llama_cpp_q8_0,openvino_int8,ctranslate2_int8 --repeats 15
+    python peers/compare.py --recipes int8+lean,int8 --peers llama_cpp_q8_0,openvino_int8,ctranslate2_int8 --repeats 15
     python peers/compare.py --new-tokens 8 --repeats 2         # does everything run? No figure of this means anything
 """
 
@@ -35,7 +35,7 @@ from peers.rounds import BASELINE, Comparison
 from run_optimization import RECIPES
 from store import validate
 
-DEFAULT_RECIPES = ("mixed_precision", "int8", "int8_weight_only")
+DEFAULT_RECIPES = ("half+lean", "int8+lean", "int4+lean")  # the fastest of ours at each width
 STREAMED_WEIGHTS = 1_034_512_384  # read for each token: all but the embedding table
 QUANTITIES = {"decode": "decode_tokens_per_s", "prefill": "prefill_tokens_per_s"}
 
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"NOTE  {notice}", markup=False)
     code = 0
     with tempfile.TemporaryDirectory(dir=args.results_dir, prefix=".scratch-") as scratch:
-        comparison = Comparison(args, scratch)
+        comparison = Comparison(args, Path(scratch))
         try:
             comparison.run(names)
         except KeyboardInterrupt:

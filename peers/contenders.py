@@ -6,14 +6,12 @@ import contextlib
 import json
 import os
 import signal
-import statistics
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import records
 from benchmark import Workload
-from measurement import SPEED_QUANTITIES
 from peers import ctranslate2_peer, llama_cpp_peer, openvino_peer
 from peers.build_models import MODEL
 from worker import RecipeError
@@ -114,7 +112,7 @@ class PeerProcess:
         model = build_model(job)
         options = {"model": str(model), "quantization": job.peer.quantization, "threads": job.threads}
         reply = self._ask("load", **options, prompt_ids=job.prompt_ids, new_tokens=job.workload.new_tokens)
-        reply["model_size_mb"] = records.file_size_mb(model) if model.is_dir() else model.stat().st_size / 1e6
+        reply["model_size_mb"] = records.file_size_mb(model)
         return reply
 
     def _ask(self, command: str, **options) -> dict:
@@ -177,13 +175,6 @@ def describe_loaded(record: dict, loaded: dict, version: str) -> None:
     record["evidence"] = {"engine": record["steps"][0]["technique"], "version": version, **(loaded.get("settings") or {})}
     for key in ("load_s", "runtime_memory_mb", "model_size_mb", "weights_mb", "parameters", "notes"):
         record[key] = loaded.get(key)
-
-
-def fill_speed(record: dict, samples: list[dict]) -> None:
-    """Raw samples and their medians."""
-    record["samples"] = {key: [sample[key] for sample in samples if key in sample] for key in SPEED_QUANTITIES}
-    for key, values in record["samples"].items():
-        record[key] = statistics.median(values) if values else None
 
 
 def _environment() -> dict[str, str]:

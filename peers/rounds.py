@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -36,14 +38,14 @@ def bits_by_name(name: str) -> int:
     """Which group a contender runs in: only an order, figures never depend on it."""
     if name in PEERS:
         return PEERS[name].bits
-    found = re.search(r"(?:int|bf|fp|w)(4|8|16)(?!\d)", name)
+    found = re.search(r"int(4|8)(?!\d)", name)
     return int(found.group(1)) if found else 16
 
 
 class Comparison:
     """One run: the baseline stays, groups come and go; each record is complete when its group ends."""
 
-    def __init__(self, args, scratch: str):
+    def __init__(self, args, scratch: Path):
         self.args, self.scratch = args, scratch
         self.rng = np.random.default_rng(args.seed)
         self.records: dict[str, dict] = {}
@@ -76,7 +78,7 @@ class Comparison:
     def _short_of_memory(self, name: str) -> bool:
         if name in PEERS:
             path = self.args.model_dir / PEERS[name].model
-            size_mb = records.file_size_mb(path) if path.is_dir() else path.stat().st_size / 1e6 if path.exists() else 1200
+            size_mb = records.file_size_mb(path) or 1200  # not built yet
             needed_mb = NEEDED_PEER_MB * size_mb
         else:
             needed_mb = HEADROOM * self.records[BASELINE]["load_peak_memory_mb"]
@@ -97,8 +99,8 @@ class Comparison:
             tokens_per_pass = memory.pop("tokens_per_pass", 1.0)
             record.update(memory)
             if name not in PEERS:
-                read_bytes = streamed_bytes + record["kv_cache_mb"] * 1e6 * self.args.workload.mean_fill
-                record["bytes_per_token"] = read_bytes / tokens_per_pass
+                work = self.args.workload
+                record["bytes_per_token"] = work.bytes_per_token(streamed_bytes, record["kv_cache_mb"], tokens_per_pass)
             process.call("block")
 
     def _process(self, name: str):
@@ -106,10 +108,7 @@ class Comparison:
         if name in PEERS:
             ids = args.inputs.input_ids[0].tolist()
             return PeerProcess(PeerJob(PEERS[name], args.peers_python, args.model_dir, args.threads, args.workload, ids))
-        return WorkerProcess(Job(
-            source=args.source, steps=steps_of(name), device="cpu", threads=args.threads, workload=args.workload,
-            scratch_dir=self.scratch, input_ids=args.inputs.input_ids,
-        ))  # fmt: skip
+        return WorkerProcess(Job.of(args, steps_of(name), args.inputs.input_ids, self.scratch))
 
     def _measure_group(self) -> None:
         """All rounds of what is alive now; ends every process but the baseline's."""
@@ -146,14 +145,14 @@ class Comparison:
         record = self.records[name]
         if record["status"] != "interrupted":
             return
-        contenders.fill_speed(record, self.samples[name])
+        judgement.fill_medians(record, self.samples[name])
         if record["bytes_per_token"]:
             judgement.explain_speed(record, self.args.bandwidth_gb_per_s)
         if name == BASELINE:
             record.update(speedup=1.0, prefill_speedup=1.0)
         else:
             against = interleave.Comparison(self.rounds[name], self.samples[name])
-            fill_ratios(record, against)
+            judgement.fill_ratios(record, against)
         record["status"], record["reason"] = "ok", None
         console.print(summary(record), markup=False)
 
@@ -161,46 +160,22 @@ class Comparison:
         repro = standalone.repro("peers/compare.py", sys.argv[1:])
         if name in PEERS:
             return contenders.new_record(PEERS[name], repro)
-        steps = [
-            {"technique": technique, "options": records.resolved(technique, options)} for technique, options in steps_of(name)
-        ]
         return records.new_record(
             name=name, title=title_of(name), status="interrupted", reason="the run ended here", model=MODEL, device="cpu",
-            random_weights=True, repro=repro, steps=steps,
+            random_weights=True, repro=repro, steps=records.resolved(steps_of(name)),
         )  # fmt: skip
 
+    @contextlib.contextmanager
     def _guarded(self, name: str):
-        return _Guard(self, name)
-
-
-class _Guard:
-    """`with`: a RecipeError becomes the record's status and reason, and the process ends."""
-
-    def __init__(self, comparison: Comparison, name: str):
-        self.comparison, self.name = comparison, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind, error, _trace) -> bool:
-        if not isinstance(error, RecipeError):
-            return False
-        record = self.comparison.records[self.name]
-        record["status"], record["reason"] = error.status, str(error)
-        process = self.comparison.alive.pop(self.name, None)
-        if process is not None:
-            process.close()
-        console.print(summary(record), markup=False)
-        return True
-
-
-def fill_ratios(record: dict, against: interleave.Comparison) -> None:
-    """Speed-ups over the baseline, round by round, with their intervals and verdicts."""
-    decode, prefill = against.ratio("decode_tokens_per_s"), against.ratio("prefill_tokens_per_s")
-    if decode is not None:
-        record.update(speedup=decode.median, speedup_ci=decode.interval, verdict=decode.verdict)
-        record["smallest_resolved"] = decode.half_width if decode.interval else None
-    record.update(prefill_speedup=prefill.median, prefill_speedup_ci=prefill.interval, prefill_verdict=prefill.verdict)
+        """A RecipeError becomes the record's status and reason, and the process ends."""
+        try:
+            yield
+        except RecipeError as error:
+            record = self.records[name]
+            record["status"], record["reason"] = error.status, str(error)
+            if process := self.alive.pop(name, None):
+                process.close()
+            console.print(summary(record), markup=False)
 
 
 def summary(record: dict) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import cli
 import devices
 import inputs
+import judgement
 import models
 import records
 from benchmark import Workload
@@ -109,7 +110,7 @@ def measure(record: dict, job: PeerJob) -> None:
         process = PeerProcess(job)
         contenders.describe_loaded(record, process.call("load"), process.version)
         process.call("block")
-        contenders.fill_speed(record, [process.call("block") for _ in range(job.workload.repeats)])
+        judgement.fill_medians(record, [process.call("block") for _ in range(job.workload.repeats)])
         record["peak_memory_mb"] = process.call("memory")["peak_memory_mb"]
         record["status"], record["reason"] = "ok", None
     except RecipeError as error:

@@ -105,7 +105,7 @@ def test_choices_are_measured_once_and_the_best_stacks_picked(asked, searching, 
     assert saved["alone"]["int4-4.6bit"]["status"] == "skipped" and saved["picked"] == list(picked)
     best = next(row for row in saved["estimates"] if row["name"] == "int4-7bit+lean")
     assert best["speedup"] == pytest.approx(5) and best["retention"] == pytest.approx(0.9802, abs=1e-4)
-    assert measurement.deadline == pytest.approx(finder.started + 20 * 60) and set(measurement.titles) == set(picked)
+    assert measurement.deadline - finder.started == pytest.approx(find.MINUTES * 60) and set(measurement.titles) == set(picked)
     assert picked["int4-7bit+lean"] == [("int4", {"max_bits": 7.0, "tune_steps": 0} | find.BRIEFLY), ("lean_decode", {})]
 
 
@@ -141,6 +141,17 @@ def test_without_lean_there_is_nothing_to_build_on(asked, searching, capsys):
     finder.conclude()
     shown = capsys.readouterr().out
     assert "Nothing was measured to the end" in shown and "Not reached" in shown and "int4-7bit" in shown
+
+
+def test_what_cannot_be_searched_is_not_called_unfinished(asked, searching, capsys, monkeypatch):
+    """A model that the lean pass cannot serve will not be served by the same command a second time: so is the exit code."""
+    asked.fail = {"lean": RecipeError("failed", "the lean forward pass computes silu, this model wants gelu")}
+    finder, _, measurement = searching()
+    finder.conclude()
+    shown = capsys.readouterr().out
+    assert "lean cannot be measured here (the lean forward pass" in shown and "Not reached" not in shown
+    monkeypatch.setattr(find.experiment, "run", lambda *_, search, **__: (search(measurement), 0)[1])
+    assert find.run(finder.args, finder.limits, parser=None) == 1
 
 
 def test_a_pick_of_part_of_the_search_is_called_so():

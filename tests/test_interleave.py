@@ -8,7 +8,7 @@ import pytest
 
 import interleave
 from interleave import Ratio, summarise
-from measurement import Measurement
+from measurement import Measurement, Side
 from worker import RecipeError
 
 QUANTITY = "decode_tokens_per_s"
@@ -198,29 +198,36 @@ def test_the_least_number_of_pairs_is_run_whatever_the_budget(monkeypatch):
 
 
 def test_without_precision_exactly_the_pairs_asked_for():
-    """And `progress` is told after each pair, with the comparison so far."""
+    """And `progress` is told after each pair."""
     log, told = [], []
-    interleave.interleave(
-        block(log, "A"),
-        block(log, "B"),
-        pairs=3,
-        progress=lambda done, comparison: told.append((done, len(comparison.variant))),
-    )
-    assert told == [(1, 1), (2, 2), (3, 3)]
+    interleave.interleave(block(log, "A"), block(log, "B"), pairs=3, progress=told.append)
+    assert told == [1, 2, 3]
+
+
+def test_either_side_may_end_a_comparison_and_is_named(monkeypatch):
+    """The kernel takes the largest process first, which is the baseline's: its end is not the recipe's fault."""
+    side = Side(None)
+    monkeypatch.setattr(side, "_call", lambda *_, **__: (_ for _ in ()).throw(RecipeError("oom", "was killed")))
+    with pytest.raises(RecipeError, match=r"^was killed$"):
+        side.call("block")
+    side.blame = "the baseline beside it: "
+    with pytest.raises(RecipeError, match=r"^the baseline beside it: was killed$") as stopped:
+        side.call("block")
+    assert stopped.value.status == "oom"
 
 
 def test_an_axis_point_that_fails_costs_no_finished_result():
     """Memory for the largest batch is short: the points before it stay, and the record says why there are no more."""
 
-    class Side:
+    class Point:
         def call(self, _command, depth, batch_size):
             if batch_size > 1:
                 raise RecipeError("oom", "no room")
             return {"rates": {"decode_tokens_per_s": 5.0 + depth / 512, "prefill_tokens_per_s": 1.0}, "kv_cache_mb": 1.0}
 
     measurement = Measurement.__new__(Measurement)
-    measurement.args, measurement.baseline_side = SimpleNamespace(axes=[(512, 1), (0, 4), (512, 4)], seed=0), Side()
+    measurement.args, measurement.baseline_side = SimpleNamespace(axes=[(512, 1), (0, 4), (512, 4)], seed=0), Point()
     record = {"name": "a", "notes": ["one"]}
-    points = measurement._measure_axes(record, Side())
+    points = measurement._measure_axes(record, Point())
     assert [(point["depth"], point["batch_size"]) for point in points] == [(512, 1)] and points[0]["speedup_ci"] == [1, 1]
     assert record["notes"][1] == "depth 0, batch 4 and what comes after it were not measured: no room"

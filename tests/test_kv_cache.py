@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import logits_of, stepwise_logits
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, DynamicCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -213,6 +213,17 @@ def test_prompt_lookup(int8, ids):
     prompt = ids[:1, :6].repeat(1, 3)  # repeats, so that there is something to look up
     greedy = generate_ids(int8, prompt, max_new_tokens=20)
     assert torch.equal(generate_ids(int8, prompt, max_new_tokens=20, prompt_lookup_num_tokens=3), greedy)
+
+
+def test_plain_generate_takes_the_cache(int8):
+    """What a user types who knows transformers alone must not fall back to a cache in floating point, nor override his wish."""
+    prompt = torch.tensor([[11, 12, 13]])
+    options = {"max_new_tokens": 10, "do_sample": False, "return_dict_in_generate": True}
+    output = int8.generate(prompt, **options)
+    assert type(output.past_key_values) is type(new_cache(int8)) and output.past_key_values.nbytes > 0
+    assert torch.equal(output.sequences, generate_ids(int8, prompt, max_new_tokens=10))
+    assert output.past_key_values.get_seq_length() == int8.generate(prompt, **options).past_key_values.get_seq_length() == 12
+    assert isinstance(int8.generate(prompt, cache_implementation="static", **options).past_key_values, StaticCache)
 
 
 def test_left_padded_batch(int8):

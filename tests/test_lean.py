@@ -258,6 +258,16 @@ def test_room_grows_and_keeps_what_is_there():
     assert torch.equal(layer.expanded()[0], keys[:, :, :40])
 
 
+def test_room_known_beforehand_is_never_left():
+    """The places that prompt and new tokens take are there from the start, and no more."""
+    model, places = apply(make_tiny()), set()
+    cache = new_cache(model, room=9)
+    for token in torch.arange(9).view(9, 1, 1):
+        model(input_ids=token, past_key_values=cache, use_cache=True)
+        places |= {layer.keys.data_ptr() for layer in cache.layers}
+    assert len(places) == len(cache.layers) and all(layer.keys.shape[2] == 9 for layer in cache.layers)
+
+
 def test_fused_weights_are_views():
     model = apply(quantization.apply(make_tiny()))
     attention = model.model.layers[0].self_attn

@@ -142,6 +142,34 @@ def test_embedded_gguf_cut(tmp_path, embedded_source, share):
     assert "truncated" in one_sentence(error)
 
 
+def test_gguf_that_may_not_be_read(tmp_path, tiny, monkeypatch):
+    """A folder's rights are the user's to mend: a sentence, not a traceback. (Who tests as root may read anything.)"""
+    write_gguf(tiny("grouped"), path := tmp_path / "model.gguf")
+
+    def refuse(*_arguments, **_options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(path), "open", refuse)
+    with pytest.raises(ValueError, match=r"--model model\.gguf: cannot be read") as error:
+        load_config(ModelSource("model", "gguf", str(path)))
+    assert one_sentence(error)
+
+
+@pytest.mark.parametrize("changed", [{"num_attention_heads": 0}, {"hidden_size": 63}])
+def test_gguf_whose_metadata_fit_no_llama(tmp_path, tiny, changed, monkeypatch):
+    """No head at all, or a width that its heads do not divide, where the file does not say how wide a head is."""
+    monkeypatch.setitem(globals(), "converter_permute", lambda weight, _heads: weight)  # nor does it divide by none
+    model = tiny("grouped")
+    for name, value in changed.items():
+        setattr(model.config, name, value)
+    if "hidden_size" in changed:
+        model.config.head_dim = 0
+    write_gguf(model, path := tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match=r"--model model\.gguf: no Llama has") as error:
+        load_config(ModelSource("model", "gguf", str(path)))
+    assert one_sentence(error)
+
+
 def test_gguf_of_another_architecture(tmp_path, tiny):
     path = write_gguf(tiny(), tmp_path / "other.gguf", architecture="qwen2")
     with pytest.raises(ValueError, match=r"--model other.gguf.*qwen2") as error:

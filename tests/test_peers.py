@@ -197,7 +197,7 @@ def test_rounds_compare_within_a_group_and_survive_a_failure(tmp_path, monkeypat
     monkeypatch.setattr(rounds.Comparison, "_short_of_memory", lambda self, name: False)
     args = standalone.build_parser("").parse_args(["-o", str(tmp_path)])
     args.repeats, args.workload, args.bandwidth_gb_per_s = 6, Workload(repeats=6), 20.0
-    comparison = rounds.Comparison(args, str(tmp_path))
+    comparison = rounds.Comparison(args, tmp_path)
     comparison.run(["int8", "llama_cpp_q8_0", "openvino_int8"])
     content = compare.gather(comparison, {"cpu": "Imaginary 9000"})
     compare.write(content, tmp_path)
@@ -225,7 +225,7 @@ def test_what_was_measured_outlives_the_baseline(tmp_path, monkeypatch):
     monkeypatch.setattr(rounds.Comparison, "_finish", finish_then_end)
     args = standalone.build_parser("").parse_args(["-o", str(tmp_path)])
     args.repeats, args.workload, args.bandwidth_gb_per_s = 6, Workload(repeats=6), 20.0
-    comparison = rounds.Comparison(args, str(tmp_path))
+    comparison = rounds.Comparison(args, tmp_path)
     comparison.run(["int4+lean", "int8", "mixed_precision"])
     statuses = {name: record["status"] for name, record in comparison.records.items()}
     assert statuses == {"baseline": "failed", "int4+lean": "ok", "int8": "failed", "mixed_precision": "failed"}

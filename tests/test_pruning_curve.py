@@ -39,6 +39,16 @@ def test_a_quarter_of_tinyllamas_heads_is_one_of_the_points():
     assert sum(name.startswith("blocks") for name in points) == 2, "a block is 4.3 %: it is not measured twice"
 
 
+def test_kv_heads_of_their_own_go_with_their_query_heads():
+    """Without grouped heads a head takes rows of k_proj and v_proj along: half as many go for the same bytes."""
+    shape = TINYLLAMA_SHAPE | {"num_key_value_heads": TINYLLAMA_SHAPE["num_attention_heads"]}
+    config = LlamaConfig(**shape)
+    weights = pruning_curve.count_weights(config)
+    ((_, (_, steps)),) = pruning_curve.plan(config, ["heads"], [0.05]).items()
+    going = steps[0][1]["prune_ratio"] * config.num_hidden_layers * weights.attention
+    assert going / weights.streamed == pytest.approx(0.05, rel=0.01)
+
+
 def test_a_curve_is_measured_kept_and_drawn(tmp_path, monkeypatch, capsys):
     """A point in a process of its own; the second run measures nothing and draws the same."""
     flags = ["-m", str(save_tiny_model(tmp_path / "model")), "-t", "1", *SCORING_FLAGS, "-o", str(tmp_path / "out")]

@@ -155,8 +155,8 @@ def test_a_spelled_stack_is_read():
 @pytest.mark.parametrize("steps", [recipe[1] for recipe in run_optimization.RECIPES.values()])
 def test_what_is_spelled_is_read_again_as_the_same(steps):
     again = stacks.parse_stack(stacks.spell(steps))
-    resolve = run_optimization.experiment.records.resolved
-    assert [(name, resolve(name, options)) for name, options in again] == [(name, resolve(name, o)) for name, o in steps]
+    resolved = run_optimization.experiment.records.resolved
+    assert resolved(again) == resolved(steps)
 
 
 def test_values_take_the_type_of_the_default():

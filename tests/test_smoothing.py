@@ -29,6 +29,14 @@ def with_outliers(model):
     return model
 
 
+def test_outliers_are_looked_for_once(monkeypatch):
+    """What a second load finds on disk gives the same weights, and no text is run again."""
+    first = smoothing.apply(random_tiny(), **QUICK)
+    monkeypatch.setattr("kernels.smoothing.input_absmax", None)
+    second = smoothing.apply(random_tiny(), **QUICK)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("shape", ["grouped", "three_a_group", "multi_head"])
 @pytest.mark.parametrize("strength", [0.3, 1.0])
