@@ -1,8 +1,9 @@
 """Where rounding hurts: what each linear layer's rounding to int4 alone costs, in nats per token, as a map of the model.
 
 The weights are rounded to nearest in groups of 64 and the increase of the loss is estimated from gradients on calibration text
-(kernels/sensitivity.py); int4 gives int8 to the dearest layers by the same figures. `--heads` adds what a quarter of each
-layer's heads costs where the others are refitted, which takes minutes the first time (kept in ~/.cache/tinyllama-optimization).
+(kernels/sensitivity.py); int4 chooses the layers that get int8 by a like ranking, on more kinds of text and per bit that it
+costs. `--heads` adds what a quarter of each layer's heads costs where the others are refitted, which takes minutes the first
+time (kept in ~/.cache/tinyllama-optimization).
 Writes layer_costs_results.json and visualizations/sensitivity.png.
 
     python layer_costs.py --model smollm2-135m

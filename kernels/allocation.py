@@ -14,11 +14,10 @@ import math
 
 import torch
 
-import calibration
 from devices import require_float64
 from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.divergence import Divergence, probe_windows
-from kernels.pruning_costs import RANKING_CODE, WRITERS, Ranking, moment_windows, refitted_without
+from kernels.pruning_costs import RANKING_CODE, WRITERS, Ranking, input_moments, refitted_without
 
 PROBES = 8
 MOVES = 72  # removals at most, each of as many steps as it takes
@@ -47,12 +46,7 @@ def _take_in_turn(model, windows, rankings, total: int, taken: list[int], cache,
     require_float64(model.device)
     layers = [layer.get_submodule(writers) for layer in model.model.layers]
     dense = [layer.weight.data for layer in layers]
-
-    def run() -> None:
-        for window in moment_windows(windows):
-            model.model(window[None], use_cache=False)
-
-    moments = calibration.second_moments(run, layers)
+    moments = input_moments(model, windows, layers)
     divergence = Divergence(model, probe_windows(windows, PROBES))
     stride = math.ceil(total / MOVES)
 

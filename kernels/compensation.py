@@ -17,7 +17,7 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask
 
 from devices import require_float64
-from kernels.calibration_cache import CalibrationCache
+from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.refit import Regression, fit_ridge
 
 BATCH_WINDOWS = 4
@@ -28,7 +28,7 @@ WRITERS = {"attention": "self_attn.o_proj", "mlp": "mlp.down_proj"}
 
 @torch.no_grad()  # not inference mode: what is made here may be trained afterwards
 def refit_in_order(
-    model, windows: torch.Tensor, *, cut: Callable[[int], dict[str, torch.Tensor]], cache: CalibrationCache, progress=None
+    model, windows: torch.Tensor, *, cut: Callable[[int], dict[str, torch.Tensor]], cache: CalibrationCache
 ) -> None:
     """Cut and refit all layers in place. windows int64 [W, T], at least 2; `cut(index)` removes what is to go from one layer.
 
@@ -65,8 +65,7 @@ def refit_in_order(
             weights[part] = _refit_writer(layer, part, pruned, target, columns.get(part), context, weights.get(part))
         cache.save_tensors(f"layer-{index:03d}", weights)
         dense = after
-        if progress:
-            progress("refitting", index + 1, len(layers))
+        show_progress("refitting", index + 1, len(layers))
 
 
 def _advance(stream: torch.Tensor, layer, part: str, context: dict) -> torch.Tensor:

@@ -9,11 +9,12 @@ and the KL divergence to the dense model is taken. Between the measured points t
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
+import calibration
 from devices import fast_products, require_float64
 from kernels.calibration_cache import CalibrationCache, show_progress
 from kernels.compensation import WRITERS
@@ -38,9 +39,7 @@ class Ranking:
         return sorted(group for step in self.order[:steps] for group in step)
 
 
-def moments(
-    model, windows: torch.Tensor, layers: list, *, seed: int = 0, progress=None
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def moments(model, windows: torch.Tensor, layers: list) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """C [K, K] of each layer's inputs and G [N, N] of the gradients at its outputs, float32; windows int64 [W, T].
 
     Gradients are of the log-likelihood of tokens drawn from the model's own distribution, so that G is the Fisher information.
@@ -61,7 +60,7 @@ def moments(
         gradients[index] = gradients[index] + g.T @ g
 
     handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     try:
         with torch.enable_grad():
             for done, window in enumerate(windows):
@@ -70,8 +69,7 @@ def moments(
                     logits = model(inputs_embeds=embedded, use_cache=False).logits[0].float()
                 drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
                 F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
-                if progress:
-                    progress("gradients", done + 1, len(windows))
+                show_progress("gradients", done + 1, len(windows))
     finally:
         for handle in handles:
             handle.remove()
@@ -79,46 +77,59 @@ def moments(
     return [(c / tokens, g / tokens) for c, g in zip(inputs, gradients, strict=True)]
 
 
-def rank(
-    model, windows: torch.Tensor, probes: torch.Tensor, layers: list, *,
-    group: int, at_once: int, steps: int, points: list[int], progress=None,
-) -> list[Ranking]:  # fmt: skip
-    """The ranking of every layer of `layers` (one writer of each decoder layer, in order), costs measured at `points` steps.
-
-    windows int64 [W, T] give the moments, probes int64 [P, T] the measured divergences; no weight is changed in the end.
-    """
-    require_float64(model.device)
-    stats = moments(model, windows, layers, progress=progress)
-    local = [eliminate(layer.weight, *pair, group=group, at_once=at_once, steps=steps)
-        for layer, pair in zip(layers, stats, strict=True)]  # fmt: skip
-    divergence = Divergence(model, probes)
-    rankings = []
-    for index, (layer, (order, costs)) in enumerate(zip(layers, local, strict=True)):
-        dense, measured = layer.weight.data, {}
-        for point in points:
-            gone = Ranking(order, costs).removed(point)
-            layer.weight.data = refitted_without(dense, stats[index][0], gone, group=group)
-            measured[point] = divergence.after(index)
-        layer.weight.data = dense
-        rankings.append(Ranking(order, corrected(costs, measured)))
-        if progress:
-            progress("measuring", index + 1, len(layers))
-    return rankings
-
-
 def cached_rankings(model, windows: torch.Tensor, *, part: str, group: int, at_once: int, steps: int) -> list[Ranking]:
-    """`rank` for the "attention" or "mlp" writers on a share of `windows` [W, T], with progress on stderr, kept on disk."""
+    """The ranking of every decoder layer's "attention" or "mlp" writer, costs measured at a few numbers of steps.
+
+    The first of `windows` int64 [W, T] give the moments and the measured divergences; no weight is changed in the end. The
+    local costs of all layers, and then what each layer measures, are kept on disk: an interrupted run goes on from there.
+    """
     layers = [layer.get_submodule(WRITERS[part]) for layer in model.model.layers]
     probes = probe_windows(windows)
     points = sorted({max(1, round(share * steps)) for share in MEASURED_SHARES})
     options = {"part": part, "group": group, "at_once": at_once, "steps": steps, "points": points, "probes": list(probes.shape)}
     cache = CalibrationCache.of(model, windows, code=RANKING_CODE, **options)
-    kept = cache.json("rankings")
-    if kept is None:
-        found = rank(model, moment_windows(windows), probes, layers, group=group, at_once=at_once, steps=steps, points=points,
-            progress=show_progress)  # fmt: skip
-        cache.save_json("rankings", kept := [asdict(ranking) for ranking in found])
-    return [Ranking(**entry) for entry in kept]
+    local, measured, inputs = cache.json("local"), cache.json("measured") or [], None
+    if local is None:
+        require_float64(model.device)
+        stats = moments(model, moment_windows(windows), layers)
+        local = [eliminate(layer.weight, *pair, group=group, at_once=at_once, steps=steps)
+            for layer, pair in zip(layers, stats, strict=True)]  # fmt: skip
+        cache.save_json("local", local)
+        inputs = [second_moment for second_moment, _ in stats]
+    if len(measured) < len(layers):
+        inputs = inputs or input_moments(model, windows, layers)
+        divergence = Divergence(model, probes)
+    for index in range(len(measured), len(layers)):
+        rankings = [Ranking(*local[index]).removed(point) for point in points]
+        measured.append(_divergences_without(layers[index], inputs[index], rankings, divergence, index, group=group))
+        cache.save_json("measured", measured)
+        show_progress("measuring", index + 1, len(layers))
+    return [
+        Ranking(order, corrected(costs, dict(zip(points, readings, strict=True))))
+        for (order, costs), readings in zip(local, measured, strict=True)
+    ]
+
+
+def _divergences_without(layer, second_moment, removals: list[list[int]], divergence, index: int, *, group: int) -> list[float]:
+    """Nats per token that the model loses with each of `removals` gone from `layer` of decoder layer `index`, refitted."""
+    dense, readings = layer.weight.data, []
+    try:
+        for gone in removals:
+            layer.weight.data = refitted_without(dense, second_moment, gone, group=group)
+            readings.append(divergence.after(index))
+    finally:
+        layer.weight.data = dense
+    return readings
+
+
+def input_moments(model, windows: torch.Tensor, layers: list) -> list[torch.Tensor]:
+    """C [K, K] of each layer's inputs on the windows that moments are taken on, as `moments` gives it, without gradients."""
+
+    def run() -> None:
+        for window in moment_windows(windows):
+            model.model(window[None], use_cache=False)
+
+    return calibration.second_moments(run, layers)
 
 
 def moment_windows(windows: torch.Tensor) -> torch.Tensor:
@@ -138,7 +149,7 @@ def refitted_without(weight: torch.Tensor, second_moment: torch.Tensor, gone: li
 
 
 def corrected(costs: list[float], measured: dict[int, float]) -> list[float]:
-    """`costs` (after 1, 2, ... steps) scaled to pass through the `measured` ones, the factor moving geometrically between."""
+    """`costs` (after 1, 2, ... steps) scaled to pass through the `measured` ones; the log of the factor is linear between."""
     points = sorted(measured)
     factors = [math.log(max(measured[p], SMALLEST_COST) / max(costs[p - 1], SMALLEST_COST)) for p in points]
     result: list[float] = []

@@ -37,7 +37,7 @@ from inference import Inference
 from kernels import healing, pruning_costs
 from kernels.allocation import cached_allocation
 from kernels.attention import use_grouped_heads
-from kernels.calibration_cache import CalibrationCache, show_progress
+from kernels.calibration_cache import CalibrationCache
 from kernels.compensation import refit_in_order
 from kernels.modules import check_not_lean, cut_linear
 
@@ -139,7 +139,7 @@ def _remove_calibrated(model, windows: torch.Tensor, prune_ratio: float, mode: s
         masked = mode == "mask" and gone
         return {"attention": _head_rows(torch.tensor(kept, device=model.device), head_dim)} if masked else {}
 
-    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, heads=counts), progress=show_progress)
+    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, heads=counts))
     return count
 
 

@@ -29,7 +29,7 @@ import cli
 from inference import Inference
 from kernels import healing, pruning_costs
 from kernels.allocation import cached_allocation
-from kernels.calibration_cache import CalibrationCache, show_progress
+from kernels.calibration_cache import CalibrationCache
 from kernels.compensation import refit_in_order
 from kernels.modules import check_not_lean, cut_linear
 
@@ -65,7 +65,7 @@ def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0, calibra
             keep_channels(mlps[index], torch.tensor([channel for channel in range(width) if channel not in gone]))
         return {}
 
-    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, panels=counts), progress=show_progress)
+    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, panels=counts))
     left = [mlp.down_proj.in_features for mlp in mlps]
     share = 1 - sum(left) / (width * len(mlps))
     how = f"asked for {prune_ratio:.1%}, calibrated on {calibration_text} text"

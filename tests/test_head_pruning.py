@@ -1,6 +1,7 @@
 """Head pruning: what is cut away is exactly what masking would have zeroed, and only cutting makes the model smaller."""
 
 import copy
+import shutil
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig
 import models
 from benchmark import count_parameters, evidence, new_cache, weight_bytes
 from inference import generate_ids
-from kernels import calibration_cache
+from kernels import calibration_cache, pruning_costs
 from optimizations import head_pruning
 from optimizations.head_pruning import apply, check, energies, head_importance, heads_to_keep
 from optimizations.kv_cache_quant import Int8Cache
@@ -270,13 +271,34 @@ def test_calibration_is_kept_and_resumed(tiny, ids, random_source, monkeypatch, 
     expected = logits_of(apply(copy.deepcopy(model), method="calibrated"), ids)
     files = sorted((tmp_path / "calibration").glob("*/*"))
     layers = [f"layer-00{index}.safetensors" for index in range(3)]
-    assert sorted(file.name for file in files) == [*layers, "rankings.json", "taken.json"]
+    assert sorted(file.name for file in files) == [*layers, "local.json", "measured.json", "taken.json"]
     next(file for file in files if file.name == "layer-001.safetensors").write_bytes(b"broken")
     assert_close(logits_of(apply(copy.deepcopy(model), method="calibrated"), ids), expected)
     monkeypatch.setattr(type(model.model.embed_tokens), "forward", None)
     again = apply(copy.deepcopy(model), method="calibrated")
     monkeypatch.undo()
     assert torch.equal(logits_of(again, ids), expected)
+
+
+def test_ranking_goes_on_where_it_was_stopped(tiny, random_source, monkeypatch, tmp_path):
+    """Ctrl-C while the second layer is measured: the next run takes no gradients, measures two layers and ranks alike."""
+    expected = apply(with_source(tiny("three_a_group"), random_source), method="calibrated").state_dict()
+    shutil.rmtree(tmp_path / "calibration")
+    whole, asked = pruning_costs._divergences_without, []
+
+    def stop_at_the_second(*arguments, **options):
+        asked.append(arguments[4])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(pruning_costs, "_divergences_without", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        apply(model := with_source(tiny("three_a_group"), random_source), method="calibrated")
+    monkeypatch.setattr(pruning_costs, "moments", None)
+    resumed = apply(model, method="calibrated").state_dict()
+    assert asked == [0, 1, 1, 2] and resumed.keys() == expected.keys()
+    assert all(torch.allclose(resumed[name], weight, atol=1e-5) for name, weight in expected.items())
 
 
 def test_kv_heads_that_nobody_reads_vanish_when_calibrated(tiny, ids, random_source):
