@@ -36,11 +36,8 @@ def parse_stack(text: str) -> Steps:
     places = [ORDER.index(technique) for technique, _ in steps if technique in ORDER]
     if places != sorted(set(places)):
         raise ValueError(f"--stack {text!r}: each technique once, in the order {', '.join(ORDER)}")
-    options = dict(steps)
-    if len(options.keys() & set(ONE_OF)) > 1:
+    if sum(technique in ONE_OF for technique, _ in steps) > 1:
         raise ValueError(f"--stack {text!r}: choose one of {', '.join(ONE_OF)}")
-    if "int4" in options and options.get("layer_pruning", {"what": "blocks"}).get("what", "attention") == "attention":
-        raise ValueError(f"--stack {text!r}: int4 wants all layers' attention; choose layer_pruning:what=blocks")
     return steps
 
 

@@ -29,6 +29,11 @@ STAGES = (
 TIED_DAMPING = 0.05
 
 
+def stages_of(block) -> list[tuple[str, ...]]:
+    """The stages of one decoder layer that are there: layer_pruning may have taken its attention."""
+    return [stage for stage in STAGES if hasattr(block, stage[0].partition(".")[0])]
+
+
 class _StageEnds(Exception):
     """Raised by a hook when the inputs of a stage have been seen: the rest of the pass is not needed."""
 
@@ -86,10 +91,10 @@ def round_blockwise(
     exact = hidden.clone() if correction else None
     blocks = model.model.layers
     for index, block in enumerate(blocks):
-        originals = {name: block.get_submodule(name) for stage in STAGES for name in stage}
+        originals = {name: block.get_submodule(name) for stage in stages_of(block) for name in stage}
         try:
             exact_inputs = _pass_exactly(block, originals, exact, arguments) if correction else {}
-            for stage in STAGES:
+            for stage in stages_of(block):
                 wanted = exact_inputs.pop(stage[0], None)
                 moments, cross = _second_moments(block, stage[0], hidden, arguments, group_size, wanted)
                 together = torch.cat([originals[name].weight for name in stage])
@@ -165,7 +170,7 @@ def corrected(weight: torch.Tensor, moments: torch.Tensor, cross: torch.Tensor, 
 
 def _pass_exactly(block, originals: dict, exact: torch.Tensor, arguments: dict) -> dict[str, torch.Tensor]:
     """Moves `exact`, the float model's hidden states, through the block; what each stage sees: bfloat16 [tokens, K]."""
-    seen: dict[str, list] = {stage[0]: [] for stage in STAGES}
+    seen: dict[str, list] = {stage[0]: [] for stage in stages_of(block)}
     for name, original in originals.items():
         block.set_submodule(name, RoundedLinear(original, original.weight, None))
     handles = [

@@ -45,7 +45,7 @@ import cli
 from devices import fast_products
 from inference import Inference
 from kernels.attention import use_grouped_heads
-from kernels.blockwise import STAGES, round_blockwise
+from kernels.blockwise import STAGES, round_blockwise, stages_of
 from kernels.calibration_cache import CalibrationCache
 from kernels.form_cache import cached_forms, rows_of_form, save_forms
 from kernels.gated_mlp import use_gated_mlps
@@ -81,11 +81,8 @@ def apply(
         damping=damping, correction=correction, calibration_tokens=calibration_tokens, generated_share=generated_share,
         tune_steps=tune_steps,
     )  # fmt: skip
-    if not all(hasattr(layer, "self_attn") for layer in model.model.layers):
-        raise ValueError("some layers have no attention any more: int4 wants all of it, apply it without layer_pruning")
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    expected = 1 + len(model.model.layers) * sum(len(stage) for stage in STAGES)
-    if len(linears) != expected:
+    if len(linears) != 1 + sum(len(stage) for layer in model.model.layers for stage in stages_of(layer)):
         raise ValueError("no nn.Linear left to quantize: apply int4 once, to a model in floating point")
     notes, tied, real = [], is_tied(model), calibration.has_text(model)
     if not real and rounding == "gptq":

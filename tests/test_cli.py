@@ -248,7 +248,7 @@ def test_a_prompt_longer_than_the_models_positions(refused, tmp_path):
 
 
 @pytest.mark.parametrize("stack", [
-    "quantization + int4", "mixed_precision + quantization", "layer_pruning + int4", "layer_pruning:what=attention + int4",
+    "quantization + int4", "mixed_precision + quantization",
     "mixed_precision:dtype=fp8", "int4:max_bits=nan", "mlp_pruning:calibration_text=all",
 ])  # fmt: skip
 def test_stacks_that_cannot_be(refused, stack):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,7 @@ from kernels.int4_modules import Int4Linear
 from kernels.int8_modules import Int8Linear
 from kernels.sensitivity import added_bits, choose_upgrades, loss_increases
 from models import ModelSource
-from optimizations import head_pruning, int4, quantization, smoothing
+from optimizations import head_pruning, int4, layer_pruning, quantization, smoothing
 
 CALIBRATION = torch.randint(1, 97, (4, 64), generator=torch.Generator().manual_seed(1))
 
@@ -51,6 +52,16 @@ def with_weights_of(model, plain):
 
 def kinds(model, kind):
     return {name for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def test_a_layer_without_attention_is_its_mlp(ids):
+    """Rounded by GPTQ and tuned like the others, nearer to what it was than rounded to nearest; bits count what is there."""
+    dense = layer_pruning.apply(tiny("three_a_group"), what="attention", count=1)
+    expected = logits_of(dense, ids)
+    rounded = int4.apply(copy.deepcopy(dense), int8_layers="none", group_size=32, tune_steps=2)
+    nearest = int4.apply(dense, int8_layers="none", group_size=32, rounding="nearest")
+    assert len(kinds(rounded, Int4Linear)) == 1 + 3 * 7 - 4 and rounded.effective_bits == nearest.effective_bits
+    assert closeness(logits_of(rounded, ids), expected) > closeness(logits_of(nearest, ids), expected)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -11,7 +11,7 @@ import models
 from benchmark import cache_bytes, count_parameters, evidence, new_cache, time_generation, weight_bytes
 from inference import generate_ids
 from kernels import calibration_cache
-from optimizations import head_pruning, int4, kv_cache_quant, layer_pruning, mlp_pruning, quantization
+from optimizations import head_pruning, kv_cache_quant, layer_pruning, mlp_pruning, quantization
 from optimizations.layer_pruning import apply, check, choose
 
 
@@ -107,8 +107,6 @@ def test_other_techniques_after_and_before(model, ids):
     for technique in (head_pruning, mlp_pruning):
         with pytest.raises(ValueError, match="before layer_pruning"):
             technique.apply(model)
-    with pytest.raises(ValueError, match="without layer_pruning"):
-        int4.apply(model)
     again = apply(model, what="blocks", count=1)
     assert evidence(again)["layers"] in (2, 3) and torch.isfinite(logits_of(again, ids, new_cache(again))).all()
 
