@@ -9,7 +9,8 @@ Loses   A rejected token costs its row: little where decode waits for memory, a 
         text gains nothing. A draft is therefore no longer than twice its match. One sequence at a time: batches decode plainly.
 Exact   Token for token where a pass over few rows gives the bits of single rows: packed recipes (int8, int4, bf16) under
         lean_decode, on a CPU with the kernels or on CUDA. `apply` tries it and notes the outcome. Other products (float32 by a
-        BLAS library) add in another order for several rows: there a near-tie between two tokens may fall the other way.
+        BLAS library) add in another order for several rows, which could tip a near-tie between two tokens: where the best two
+        are nearer than such passes differ, the token is judged again, alone.
 Papers  Saxena 2023: https://github.com/apoorvumang/prompt-lookup-decoding; Leviathan et al. 2022, drafts that are checked:
         https://arxiv.org/abs/2211.17192. transformers (`prompt_lookup_num_tokens`) takes the first match of two tokens.
 Writes  prompt_lookup_results.json beside the baseline's, and charts, in the results folder.
@@ -34,6 +35,7 @@ from inference import Inference
 from kernels.step import FEW_ROWS
 
 LONGEST_MATCH = 64  # longer ones are not told apart: the latest wins
+DOUBT = 4  # times what passes over several rows and single ones were seen to differ by: nearer logits are judged again
 
 
 def apply(model, *, draft_tokens: int = 10, ngram: int = 2):
@@ -51,9 +53,10 @@ def apply(model, *, draft_tokens: int = 10, ngram: int = 2):
             "random weights write loops instead of text: what a draft from the prompt gains cannot be seen on them"
         )
     largest = judges_as_single(model, rows=draft_tokens + 1)
-    model.greedy_steps = functools.partial(lookup_steps, draft_tokens=draft_tokens, ngram=ngram)
+    doubt = DOUBT * largest
+    model.greedy_steps = functools.partial(lookup_steps, draft_tokens=draft_tokens, ngram=ngram, doubt=doubt)
     exact = "bit for bit as single ones: the output is plain greedy decoding's"
-    close = f"within {largest:.1g} of single ones' logits: the output is plain greedy decoding's but for near-ties"
+    close = f"within {largest:.1g} of single ones' logits, and alone where the best two are nearer than {doubt:.1g}"
     note = f"drafts of up to {draft_tokens} tokens after {ngram} or more that recur, judged {close if largest else exact}"
     model.notes = [*getattr(model, "notes", []), note]
     return model
@@ -68,27 +71,38 @@ def check(config, *, draft_tokens: int = 10, ngram: int = 2) -> None:
 
 
 def lookup_steps(
-    model, ids: torch.Tensor, cache, *, new_tokens: int, draft_tokens: int, ngram: int
+    model, ids: torch.Tensor, cache, *, new_tokens: int, draft_tokens: int, ngram: int, doubt: float = 0.0
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """As benchmark.greedy_steps, with several tokens a pass where drafts are right."""
+    """As benchmark.greedy_steps, with several tokens a pass where drafts are right.
+
+    A choice that a draft's pass made between logits nearer than `doubt` does not count: the next pass makes it, over one row.
+    """
     if len(ids) > 1:  # rows would accept different numbers of tokens, and the cache has one length
         yield from benchmark.greedy_steps(model, ids, cache, new_tokens=new_tokens)
         return
     history = ids[0].tolist()
-    left = new_tokens
+    left, alone = new_tokens, False
     while left > 0:
-        draft = find_draft(history, limit=min(draft_tokens, left - 1), ngram=ngram)
+        draft = [] if alone else find_draft(history, limit=min(draft_tokens, left - 1), ngram=ngram)
         fed = ids.new_tensor([[history[-1], *draft]])
         logits = model(input_ids=fed, past_key_values=cache, use_cache=True, logits_to_keep=fed.shape[1]).logits
         choices = logits.argmax(-1).cpu()
         wrong = (place for place, token in enumerate(draft) if token != choices[0, place])
-        accepted = next(wrong, len(draft))
-        if accepted < len(draft):
-            cache.crop(accepted - len(draft))
-        tokens = choices[:, : accepted + 1]
+        kept = next(wrong, len(draft)) + 1
+        if alone := bool(draft and doubt and (near := _near_ties(logits[0, :kept], doubt))):
+            kept = near[0]
+        if kept < len(fed[0]):
+            cache.crop(kept - len(fed[0]))
+        tokens = choices[:, :kept]
         history += tokens[0].tolist()
-        left -= accepted + 1
+        left -= kept
         yield tokens, logits
+
+
+def _near_ties(logits: torch.Tensor, doubt: float) -> list[int]:
+    """Rows of `logits` [rows, V] whose best two are nearer than `doubt`."""
+    best = logits.float().topk(2).values
+    return (best[:, 0] - best[:, 1] < doubt).nonzero()[:, 0].tolist()
 
 
 def find_draft(history: list[int], *, limit: int, ngram: int) -> list[int]:
