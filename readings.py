@@ -102,7 +102,8 @@ def describe(consolidated):
     model = [first.get("model") or "model not recorded", first.get("dtype"), is_random and RANDOM]
     machine = [f"{first.get('device') or 'device'}: {gpu or env.get('cpu') or 'not recorded'}", gpu and env.get("cpu")]
     machine += [form.format(env[key]) for key, form in MACHINE.items() if env.get(key)]
-    workload = [form.format(work[key]) for key, form in WORKLOAD.items() if work.get(key) is not None]
+    timed = any(number(record, "prefill_tokens_per_s") for record in consolidated["results"])
+    workload = [form.format(work[key]) for key, form in WORKLOAD.items() if timed and work.get(key) is not None]
     if exam.get("windows"):
         workload.append(f"quality on {exam['windows']} x {exam.get('window')} tokens of {exam.get('text') or 'text'}")
     return [", ".join(str(part) for part in line if part) for line in (model, machine, workload)]
