@@ -83,7 +83,7 @@ def check_steps(steps: Steps, config) -> None:
     for technique, options in steps:
         check = getattr(records.technique_module(technique), "check", None)
         if check is not None:
-            check(config, **options)
+            check(config, **records.defaults_of(technique) | options)
 
 
 def describe(args, prepared: inputs.Inputs, environment: dict) -> tuple[dict, dict]:

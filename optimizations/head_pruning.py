@@ -89,10 +89,7 @@ def apply(
     return model
 
 
-def check(
-    config, *, prune_ratio: float = 0.25, mode: str = "structural", method: str = "l2", heal_minutes: float = 0.0,
-    calibration_text: str = "mixed",
-) -> None:  # fmt: skip
+def check(config, *, prune_ratio: float, mode: str, method: str, heal_minutes: float, calibration_text: str) -> None:
     """What can be known before weights are loaded. Raises ValueError like `apply`."""
     if mode not in ("structural", "mask"):
         raise ValueError(f"--mode {mode}: choose structural or mask")

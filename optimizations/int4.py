@@ -128,9 +128,8 @@ def apply(
 
 
 def check(
-    config, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384,
-    generated_share: float = 0.25, tune_steps: int = 96,
+    config, *, group_size: int, rounding: str, int8_layers: str, max_bits: float, damping: float, correction: float,
+    calibration_tokens: int, generated_share: float, tune_steps: int,
 ) -> None:  # fmt: skip
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if group_size not in GROUP_SIZES:

@@ -54,7 +54,7 @@ def apply(model, *, what: str = "attention", count: int = 2):
     return model
 
 
-def check(config, *, what: str = "attention", count: int = 2) -> None:
+def check(config, *, what: str, count: int) -> None:
     """What can be known before weights are loaded. Raises ValueError like `apply`."""
     if what not in WHAT:
         raise ValueError(f"--what {what}: choose {' or '.join(WHAT)}")

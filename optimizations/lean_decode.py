@@ -69,7 +69,7 @@ def apply(model, *, kv_dtype: str = "bfloat16"):
     return model
 
 
-def check(config, *, kv_dtype: str = "bfloat16") -> None:
+def check(config, *, kv_dtype: str) -> None:
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if kv_dtype not in CACHES:
         raise ValueError(f"--kv-dtype {kv_dtype}: choose from {', '.join(CACHES)}")

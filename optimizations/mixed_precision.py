@@ -59,7 +59,7 @@ def apply(model, *, dtype: str = "auto", untie: bool = False):
     return model
 
 
-def check(config, *, dtype: str = "auto", untie: bool = False) -> None:
+def check(config, *, dtype: str, untie: bool) -> None:
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f"--dtype {dtype}: choose auto, fp16 or bf16")

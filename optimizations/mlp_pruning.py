@@ -76,7 +76,7 @@ def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0, calibra
     return model
 
 
-def check(config, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0, calibration_text: str = "mixed") -> None:
+def check(config, *, prune_ratio: float, heal_minutes: float, calibration_text: str) -> None:
     """What can be known before weights are loaded. Raises ValueError like `apply`."""
     _panels_to_remove(config.intermediate_size, config.num_hidden_layers, prune_ratio)
     healing.check(heal_minutes)

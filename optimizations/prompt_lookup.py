@@ -62,7 +62,7 @@ def apply(model, *, draft_tokens: int = 10, ngram: int = 2):
     return model
 
 
-def check(config, *, draft_tokens: int = 10, ngram: int = 2) -> None:
+def check(config, *, draft_tokens: int, ngram: int) -> None:
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if not 1 <= draft_tokens < FEW_ROWS:
         raise ValueError(f"--draft-tokens {draft_tokens}: choose 1 to {FEW_ROWS - 1}, as many rows as one pass takes cheaply")
@@ -171,10 +171,6 @@ def main(argv: list[str] | None = None) -> int:
         help="fewest last tokens that must recur (default: %(default)s)")  # fmt: skip
     args = cli.parse(parser, argv)
     options = {name: getattr(args, name) for name in defaults}
-    try:
-        check(args.config, **options)
-    except ValueError as error:
-        cli.fail(parser, error)
     return experiment.run({"prompt_lookup": [("prompt_lookup", options)]}, args, parser=parser)
 
 

@@ -96,10 +96,7 @@ def apply(
     return model
 
 
-def check(
-    config, *, scheme="auto", granularity="channel", group_size=64, embeddings="int8", fine_layers="down_proj",
-    float_activations="", smoothing=None,
-) -> None:  # fmt: skip
+def check(config, *, scheme, granularity, group_size, embeddings, fine_layers, float_activations, smoothing) -> None:
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if scheme not in SCHEMES:
         raise ValueError(f"--scheme {scheme}: choose from {', '.join(SCHEMES)}")

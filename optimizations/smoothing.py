@@ -43,7 +43,7 @@ def apply(model, *, strength: float = STRENGTH, calibration_tokens: int = CALIBR
     return model
 
 
-def check(config, *, strength: float = STRENGTH, calibration_tokens: int = CALIBRATION_TOKENS) -> None:
+def check(config, *, strength: float, calibration_tokens: int) -> None:
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if not 0 < strength <= 1:
         raise ValueError(f"--strength {strength:g}: choose a number above 0, which would change nothing, and up to 1")

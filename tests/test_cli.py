@@ -18,6 +18,7 @@ import cli
 import experiment
 import models
 import run_optimization
+import stacks
 from benchmark import Workload
 
 ROOT = Path(cli.__file__).parent
@@ -415,8 +416,7 @@ def test_every_recipe_names_techniques_and_options_that_exist(name):
 @pytest.mark.parametrize("name", run_optimization.RECIPES)
 def test_recipes_keep_the_order_of_combination(name):
     """prune -> precision -> weights -> cache -> lean pass: any other order is refused by the techniques."""
-    order = ["head_pruning", "mixed_precision", "quantization", "int4", "kv_cache_quant", "lean_decode", "prompt_lookup"]
-    positions = [order.index(technique) for technique, _ in run_optimization.RECIPES[name][1]]
+    positions = [stacks.ORDER.index(technique) for technique, _ in run_optimization.RECIPES[name][1]]
     assert positions == sorted(set(positions))
 
 

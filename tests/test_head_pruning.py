@@ -348,7 +348,7 @@ def test_healing_comes_nearer_to_the_dense_model(tiny, random_source):
 )
 def test_bad_options_are_refused_before_weights(any_tiny, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        check(any_tiny.config, **options)
+        check(any_tiny.config, **apply.__kwdefaults__ | options)
     with pytest.raises(ValueError, match=sentence):
         apply(any_tiny, **options)
 
@@ -368,7 +368,7 @@ def test_ratio_that_leaves_or_removes_nothing(any_tiny, ratio, sentence, mode):
         apply(any_tiny, prune_ratio=ratio, mode=mode)
     assert all(torch.equal(values, before[name]) for name, values in any_tiny.state_dict().items())
     with pytest.raises(ValueError, match=f"--prune-ratio {ratio}.*{sentence}"):
-        check(any_tiny.config, prune_ratio=ratio, mode=mode)
+        check(any_tiny.config, **apply.__kwdefaults__ | {"prune_ratio": ratio, "mode": mode})
 
 
 def test_ratio_suggested_by_the_error_works(any_tiny):
@@ -376,7 +376,7 @@ def test_ratio_suggested_by_the_error_works(any_tiny):
     heads = any_tiny.config.num_attention_heads
     for bad, step in ((0.01, 0.001), (0.99, -0.001)):
         with pytest.raises(ValueError) as error:
-            check(any_tiny.config, prune_ratio=bad)
+            check(any_tiny.config, **apply.__kwdefaults__ | {"prune_ratio": bad})
         suggested = float(str(error.value).split()[-3] if "or more" in str(error.value) else str(error.value).split()[-1])
         kept = heads_to_keep(torch.rand(heads), kv_heads=any_tiny.config.num_key_value_heads, prune_ratio=suggested + step)
         assert 0 < len(kept) < heads
@@ -402,8 +402,8 @@ def test_quantised_model(tiny):
 
 def test_check_knows_the_real_models():
     """Both models of the README accept the default ratio."""
-    check(LlamaConfig(hidden_size=2048, num_attention_heads=32, num_key_value_heads=4))
-    check(LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3))
+    check(LlamaConfig(hidden_size=2048, num_attention_heads=32, num_key_value_heads=4), **apply.__kwdefaults__)
+    check(LlamaConfig(hidden_size=576, num_attention_heads=9, num_key_value_heads=3), **apply.__kwdefaults__)
 
 
 @pytest.mark.parametrize("second", ["structural", "mask"])

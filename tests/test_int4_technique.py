@@ -249,7 +249,7 @@ BAD = [
 @pytest.mark.parametrize("options", BAD)
 def test_bad_options_name_the_flag(options):
     with pytest.raises(ValueError, match="--" + next(iter(options)).replace("_", "-")):
-        int4.check(make_tiny().config, **options)
+        int4.check(make_tiny().config, **int4.apply.__kwdefaults__ | options)
 
 
 @pytest.mark.parametrize("before", [int4, quantization])

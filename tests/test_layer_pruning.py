@@ -121,7 +121,7 @@ def test_other_techniques_after_and_before(model, ids):
 )
 def test_bad_options_are_refused_before_weights(model, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        check(model.config, **options)
+        check(model.config, **apply.__kwdefaults__ | options)
     with pytest.raises(ValueError, match=sentence):
         apply(model, **options)
 

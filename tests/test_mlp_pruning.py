@@ -126,14 +126,14 @@ def test_healing_is_reported_apart(model):
 )
 def test_bad_options_are_refused_before_weights(model, options, sentence):
     with pytest.raises(ValueError, match=sentence):
-        check(model.config, **options)
+        check(model.config, **apply.__kwdefaults__ | options)
     with pytest.raises(ValueError, match=sentence):
         apply(model, **options)
 
 
 def test_width_that_is_no_multiple_of_a_panel(tiny):
     with pytest.raises(ValueError, match=r"200 channels.*panels of 16"):
-        check(tiny(intermediate_size=200).config)
+        check(tiny(intermediate_size=200).config, **apply.__kwdefaults__)
 
 
 def test_twice_and_quantised_models_are_refused(model):

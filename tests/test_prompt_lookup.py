@@ -189,7 +189,7 @@ def test_refusals():
         apply(model)
     for options in ({"draft_tokens": 0}, {"draft_tokens": 16}, {"ngram": 0}):
         with pytest.raises(ValueError, match="--" + next(iter(options)).replace("_", "-")):
-            check(make_tiny().config, **options)
+            check(make_tiny().config, **apply.__kwdefaults__ | options)
 
 
 def test_a_cache_that_cannot_forget_is_refused(monkeypatch):

@@ -107,7 +107,7 @@ def test_int8_per_token_gains(ids):
 @pytest.mark.parametrize("options", [{"strength": 1.5}, {"strength": -1}, {"calibration_tokens": 3}])
 def test_bad_options_name_the_flag(options):
     with pytest.raises(ValueError, match="--" + next(iter(options)).replace("_", "-")):
-        smoothing.check(make_tiny().config, **options)
+        smoothing.check(make_tiny().config, **smoothing.apply.__kwdefaults__ | options)
 
 
 def test_quantized_models_are_refused():
