@@ -28,10 +28,10 @@ TEXTS = ("mixed", "evaluated")  # what pruning may learn from
 def calibration_ids(model, *, tokens: int, generated_share: float = 0.0, mixed: bool = False) -> torch.Tensor:
     """Windows of calibration text in the model's own tokens: int64 [tokens // 512 or fewer, 512], one at least, on its device.
 
-    A `generated_share` of them, as far as they go, the model wrote itself; the others are spread evenly over the calibration
-    text or, `mixed`, over each of texts.calibration_texts(), equally many of each as far as it goes. The kinds take turns, and
-    those of one kind stand in no order of the text, so that the first few are of all kinds and from all over them: who needs
-    only a few takes these. Raises ValueError where no text has one window.
+    Up to a `generated_share` of them is written by the model itself. The others come from the calibration text or, `mixed`, in
+    equal numbers from each of texts.calibration_texts(), longer ones making up for what short ones lack. Kinds take turns, and
+    the windows of a kind are spread over its text, so that the first n windows are always a fair sample: who needs only a few
+    takes these. Raises ValueError where no text has one window.
     """
     count = max(1, tokens // WINDOW)
     source = _source(model)

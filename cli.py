@@ -20,7 +20,7 @@ from benchmark import Workload
 QUICK = {"new_tokens": 10, "repeats": 6, "quality_windows": 4, "quality_window": 256, "continuation_tokens": 12,
          "draft_pairs": 1}  # fmt: skip
 DEFAULTS = Workload()
-# Flags that say nothing to a script that times nothing, and to one that does not score recipes either.
+# Flags that would do nothing in a script that times nothing, and in one that scores no recipes either.
 OF_TIMING = ("--batch-size", "--repeats", "--precision", "--budget-s", "--prompts-file", "--json")
 OF_RECIPES = (*OF_TIMING, "--prompt-tokens", "--new-tokens", "--depth", "--text-file", "--quality-windows", "--quality-window",
               "--quick", "--seed", "--resume")  # fmt: skip

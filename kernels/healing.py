@@ -64,7 +64,7 @@ class Teacher:
 
         A plain lm_head answers for the tokens asked about only, which saves SmolLM2 a third of a training step. Where lm_head
         itself is trained, or rounds its inputs, its whole answer is taken: the likeliest tokens one by one, all others as one
-        outcome, for no row of it should go unminded.
+        outcome, so that every row of it gets a gradient.
         """
         with torch.inference_mode(False):
             window, tokens, dense, shares = (part.clone() for part in (self.windows[index], *self._answers[index]))

@@ -3,11 +3,11 @@
 Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in bfloat16 for each group of consecutive inputs:
         4.5 bits a weight in groups of 64. Inputs are int8 per token and group, so the products stay integers. Rounding each
         weight to its nearest code costs a small model a fifth of its quality. GPTQ, the default, rounds one input after another
-        and lets those to come make good the error, as second moments of the layer's inputs on calibration text tell; then grid
-        and codes are improved in turn. Blocks are visited in order: each layer sees what the layers before it, rounded all of
-        them, hand on; with `--correction` its weights first move towards those that give the float model's outputs on these
-        inputs. At last scales, minimums and norms learn the float model's answers for `--tune-steps` steps, the codes standing
-        still. A quarter of the calibration text the model writes itself, the rest is of four kinds (calibration.py), which
+        and makes good each error in the weights not yet rounded, weighed by the second moments of the layer's inputs on
+        calibration text; then grid and codes are improved in turn. Blocks are visited in order, and each layer is rounded for
+        the inputs that the rounded layers before it give; with `--correction` its weights first move towards those giving the
+        float model's outputs on these inputs. At last scales, minimums and norms learn the float model's answers for
+        `--tune-steps` steps; codes stay. The model writes a quarter of the calibration text, the rest is of four kinds, which
         keeps what is learnt from holding for news alone. The result is cached in ~/.cache/tinyllama-optimization; where it is
         found there, layers are taken from it block by block, and the float model is never in memory.
 Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss most per bit int8 instead, as far as

@@ -6,8 +6,8 @@ Idea    A weight is round(w / scale) in [-127, 127], scale = absmax / 127. Decod
 Schemes grouped      one scale per 64 inputs, for weights and for activations (quantised per token, on the fly); per 32 in
                      the layers of `--fine-layers`: down_proj, whose inputs are products of two and the most spread
         dynamic      the original's: one scale per output channel, one per token. An outlier in a token's
-                     activations coarsens the whole token, which costs a small model 5 % of its perplexity; outliers
-                     are therefore moved into the weights first (`--smoothing`), on calibration text, which costs it 2 %
+                     activations coarsens the whole token, which costs a small model 4 % of its quality; outliers are
+                     therefore moved into the weights first (`--smoothing`), on calibration text, and 2 % are lost
         weight-only  int8 weights per channel, float activations: no outlier hurts, but prefill gains nothing
         classic      torch's deprecated quantize_dynamic, as a contrast: weights per tensor, 7-bit activations
         auto         grouped on a CPU, weight-only on CUDA and MPS, where torch has no grouped integer product

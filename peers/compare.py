@@ -5,7 +5,7 @@ What    TinyLlama's architecture with seeded random weights; decode and prefill 
 How     Contenders of one width of weights (by their names) are alive together, as many as memory holds, idle on a pipe between
         turns. Each round runs every one of them once, the baseline twice, in an order drawn at random: a ratio of one
         round shares the machine's mood. Medians and bootstrap intervals over rounds come from interleave.py.
-Reads   "best of ours / best peer" at each width: the medians of the ratios of rounds, where both were in one group.
+Best    "best of ours / best peer" at each width: the medians of the ratios of rounds, where both were in one group.
 Writes  DIR/<contender>_results.json, DIR/peers_results.json, DIR/visualizations/peers.png
 
 Our recipes run in this Python, the peers in --peers-python (peers/README.md). About 25 minutes on two cores with the defaults:
