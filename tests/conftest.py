@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import models
 import quality
 import texts
+from kernels import calibration_cache
 from kernels.build import cpu_variant, load_kernels
 
 torch.set_num_threads(1)  # tiny products lose more by waking threads than they gain, above all on a busy machine
@@ -67,6 +68,14 @@ def make_tiny(shape="grouped", *, tied=False, seed=0, **overrides):
             if name.endswith("norm.weight"):  # all ones would hide a norm that is skipped or swapped
                 parameter.uniform_(0.5, 1.5)
     return model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def calibration_of_tests(tmp_path_factory):
+    """What tiny models calibrate is no use to the user: a cache of the session's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration_cache, "ROOT", tmp_path_factory.mktemp("calibration"))
+        yield
 
 
 @pytest.fixture
