@@ -37,6 +37,9 @@ def test_different_experiments_are_not_compared(tmp_path, capsys):
     assert caught.value.code == 2 and "workloads differ" in capsys.readouterr().err
 
 
-def test_a_run_without_intervals_does_not_pass(tmp_path):
+def test_a_run_without_intervals_does_not_pass(tmp_path, capsys):
+    """And nothing is said of intervals that are apart: there are none."""
     first = run_with(2.0, [])
-    assert compare_runs.main([written(tmp_path, "a", first), written(tmp_path, "b", first)]) == 1
+    with pytest.raises(SystemExit) as stopped:
+        compare_runs.main([written(tmp_path, "a", first), written(tmp_path, "b", first)])
+    assert stopped.value.code == 2 and "no recipe has an interval in both runs" in capsys.readouterr().err
