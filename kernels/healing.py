@@ -24,8 +24,8 @@ KEPT_TOKENS = 128  # of the dense distribution at each position
 DRAWN_TOKENS = 32  # of the others, which they stand for
 HELD_OUT_EVERY = 8
 HELD_OUT_MOST = 8
-RANK = 32
-LEARNING_RATE = 4e-4
+RANK = 4  # a step sees one window: more numbers would learn its noise
+LEARNING_RATE = 1.5e-3
 CHECKS = 6  # held-out readings spread over the time given
 PATIENCE = 2  # readings in a row without gain that end the training
 
