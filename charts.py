@@ -206,7 +206,7 @@ def pareto(consolidated, records):
         draw_front(color=ORANGE, linestyle="--", label="front", zorder=0.5)
     add_legend(panels[0])
     notes = [
-        "Lines through a point are its intervals. Front: no recipe keeps more quality and is faster (left) or smaller (right). "
+        "Lines through a point are its intervals. Front: nothing, the baseline included, keeps more and is faster or smaller. "
         f"Retention below {LOWEST} % is drawn at {LOWEST} %, with the figure beside the name."
     ]
     xlabel, drawn = "model size in MB = 10^6 bytes (lower is better)", [baseline, *records]
@@ -222,12 +222,13 @@ def _trade(axes, rows, start, better):
     if start is not None:
         axes.plot(start, 100, "s", color="black", markersize=9, label="baseline")
         names.append(("Baseline", start, 100))
-    best = front(rows, lambda row: (better * row[1], row[0]["perplexity_retention"]))
+    beside = [({"perplexity_retention": 1.0}, start, None)] if start is not None else []  # what only loses is on no front
+    best = front([*beside, *rows], lambda row: (better * row[1], row[0]["perplexity_retention"]))
     for record, x, ends in rows:
         kept, kept_ends, text = _retention(record, LOWEST)
         on_front = any(record is row[0] for row in best)
         look = (ORANGE, "D") if on_front else (BLUE, "o")
-        dot(axes, x, kept, ends, kept_ends, look=look, name="recipe on the front" if on_front else "recipe beaten by another")
+        dot(axes, x, kept, ends, kept_ends, look=look, name="recipe on the front" if on_front else "recipe beaten in both")
         names.append((label(record) + (f" ({text.split(' [')[0]})" if kept == LOWEST else ""), x, kept))
     axes.margins(0.1)
     if not best:

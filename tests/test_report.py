@@ -238,6 +238,14 @@ def test_the_front_of_each_trade_is_marked(results):
     assert texts.count("INT8 KV cache") >= 2 and "Imaginary 9000" in " ".join(text.get_text() for text in figure.texts)
 
 
+def test_what_the_baseline_beats_is_on_no_front(results):
+    """Slower than it, larger and a little worse: no trade, though no other recipe keeps as much."""
+    loser = results["results"][1] | {"name": "loser", "speedup": 0.9, "perplexity_retention": 0.9999}
+    loser |= {"speedup_ci": [0.8, 0.95], "perplexity_retention_ci": [0.999, 1.0], "model_size_mb": 9999.0}
+    figure = charts.pareto(results, [loser])
+    assert all(line.get_marker() != "D" for axes in figure.axes for line in axes.lines)
+
+
 @pytest.fixture
 def curve(results):
     """Two kinds of pruning at two shares of the bytes, and one point that failed."""
