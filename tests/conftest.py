@@ -72,7 +72,7 @@ def make_tiny(shape="grouped", *, tied=False, seed=0, **overrides):
 
 @pytest.fixture(scope="session", autouse=True)
 def calibration_of_tests(tmp_path_factory):
-    """What tiny models calibrate is no use to the user: a cache of the session's own."""
+    """What tiny models calibrate is no use to the user: a cache of the tests' own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration_cache, "ROOT", tmp_path_factory.mktemp("calibration"))
         yield
