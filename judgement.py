@@ -14,6 +14,8 @@ RETENTION_LEVELS = (0.97, 0.99, 0.999)  # the original's promise; MLPerf's two l
 
 def judge(record: dict, baseline: dict, comparison: interleave.Comparison) -> None:
     """Fill in the fields that compare `record` with `baseline`, and its verdicts."""
+    if record["quality_protocol"] != baseline["quality_protocol"]:
+        raise ValueError(f"{record['name']} and the baseline were scored by different protocols: not comparable")
     fill_ratios(record, comparison)
     record["ceiling_speedup"] = baseline["bytes_per_token"] / record["bytes_per_token"]
     record["retention_verdicts"] = retention_verdicts(record["perplexity_retention_ci"])

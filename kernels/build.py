@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from kernels.packing import pack_nibble_panels, pack_panels, pack_scales
 HERE = Path(__file__).parent
 SOURCES, HEADERS = sorted(HERE.glob("*.cpp")), sorted(HERE.glob("*.h"))
 COMPILE_TIMEOUT_S = 600
+spent: dict[str, float] = {}  # "compiling_s", where this process compiled the kernels
 
 
 def load_kernels() -> str | None:
@@ -74,7 +76,9 @@ def _load_once() -> str | None:
     try:
         library = _library_path()
         if not library.exists():
+            start = time.perf_counter()
             _compile(library)
+            spent["compiling_s"] = time.perf_counter() - start
         torch.ops.load_library(library)
         _register_fakes()
         with torch.device("cpu"):  # whatever the default is
