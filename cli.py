@@ -15,6 +15,7 @@ import torch
 
 import devices
 import models
+from arguments import Parser, fail, int_list, ratio
 from benchmark import Workload
 
 QUICK = {"new_tokens": 10, "repeats": 6, "quality_windows": 4, "quality_window": 256, "continuation_tokens": 12,
@@ -31,7 +32,7 @@ def build_parser(docstring: str, *, without: Iterable[str] = ()) -> argparse.Arg
 
     `without` names those that would do nothing in a script: they keep their defaults and are refused.
     """
-    parser = _Parser(description=docstring, formatter_class=_Formatter)
+    parser = Parser(docstring)
     parser.set_defaults(runs_workload=not set(OF_RECIPES) <= set(without))
     shared = parser.add_argument_group("model and machine")
     shared.add_argument("--model", "-m", default="auto", metavar="MODEL",
@@ -74,18 +75,6 @@ def _adder(parser: argparse.ArgumentParser, title: str, without: Iterable[str]):
             group.add_argument(flag, *short, default=default, **options)
 
     return add
-
-
-class _Parser(argparse.ArgumentParser):
-    """What argparse finds wrong is said like everything else: one sentence, without the usage before it."""
-
-    def error(self, message: str):
-        fail(self, ValueError(f"{message.removeprefix('argument ')} (--help lists all flags)"))
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=28, width=110)
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
@@ -140,24 +129,6 @@ def check_positions(args: argparse.Namespace) -> None:
         raise ValueError(f"--quality-window {work.quality_window}: {args.source.name} has {limit} positions")
 
 
-def fail(parser: argparse.ArgumentParser, error: Exception) -> None:
-    """One sentence, exit code 2."""
-    print(f"{parser.prog}: {' '.join(str(error).split())}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def without_flags(argv: list[str], *names: str) -> list[str]:
-    """`argv` without these flags, which take a value each: spelled out or shortened, the value after them or after `=`."""
-    kept, skip = [], False
-    for word in argv:
-        flag, equals, _ = word.partition("=")
-        dropped = not skip and len(flag) > 4 and any(name.startswith(flag) for name in names)
-        if not skip and not dropped:
-            kept.append(word)
-        skip = dropped and not equals
-    return kept
-
-
 def make_workload(args: argparse.Namespace, **axes: int) -> Workload:
     """The workload of `--quick` or of the defaults, with the flags the user gave on top. ValueError below 1."""
     workload = replace(DEFAULTS, **(QUICK if args.quick else {}))
@@ -191,25 +162,3 @@ def check_results_dir(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"--results-dir {folder}: cannot be written ({error.strerror})") from None
-
-
-def int_list(text: str) -> list[int]:
-    """An argparse type: whole numbers separated by commas, none negative."""
-    try:
-        values = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,512,1536") from None
-    if min(values) < 0:
-        raise argparse.ArgumentTypeError(f"{text} holds a negative number")
-    return values
-
-
-def ratio(text: str) -> float:
-    """An argparse type: a number strictly between 0 and 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1") from None
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not strictly between 0 and 1")
-    return value

@@ -11,11 +11,10 @@ speed-up and retention, each with its interval, and whether the two intervals sh
 
 from __future__ import annotations
 
-import argparse
-
 from rich.console import Console
 from rich.table import Table
 
+from arguments import Parser, fail
 from readings import interval, label, load_results, number, share, times
 
 QUANTITIES = {
@@ -53,7 +52,7 @@ def compare(first: dict, second: dict) -> list[tuple]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folders", nargs=2, metavar="FOLDER", help="results folders of two runs")
     args = parser.parse_args(argv)
     try:
@@ -61,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         if not rows:
             raise ValueError("no recipe has an interval in both runs: measure six pairs or more in each")
     except ValueError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        fail(parser, error)
     table = Table("Recipe", "Quantity", *args.folders, "Intervals", title="Two runs of one experiment", title_justify="left")
     for *texts, shared in rows:
         table.add_row(*texts, "overlap" if shared else "APART", style=None if shared else "bold red")

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import cli
 import inputs
 import models
 import readings
 import records
 import report
+from arguments import fail, without_flags
 from bandwidth import read_bandwidth
 from measurement import BASELINE, Measurement, console
 from stacks import Steps
@@ -43,7 +43,7 @@ def run(
         store = ResultsFolder(folder, environment=environment, workload=workload, identity=identity, resume=args.resume)
         environment |= read_bandwidth(args.torch_device, cache=store.cache, threads=args.threads)
     except ValueError as error:
-        cli.fail(parser, error)
+        fail(parser, error)
     except KeyboardInterrupt:
         console.print("interrupted before anything was measured")
         return 130
@@ -126,7 +126,7 @@ def repro(name: str) -> str:
     """The command that a record came from, narrowed to its recipe where it was one of several of the pipeline's."""
     script = Path(sys.argv[0])
     shown = f"optimizations/{script.name}" if script.parent.name == "optimizations" else script.name
-    flags = cli.without_flags(sys.argv[1:], "--minutes")
-    if script.name == "run_optimization.py" and name != BASELINE and cli.without_flags(flags, "--stack") == flags:
-        flags = [*cli.without_flags(flags, "--recipes"), "--recipes", name]
+    flags = without_flags(sys.argv[1:], "--minutes")
+    if script.name == "run_optimization.py" and name != BASELINE and without_flags(flags, "--stack") == flags:
+        flags = [*without_flags(flags, "--recipes"), "--recipes", name]
     return shlex.join(["python", shown, *flags])

@@ -19,12 +19,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-import cli
 import experiment
 import readings
 import records
 import search
 import stacks
+from arguments import without_flags
 from measurement import BASELINE, Measurement, console
 from search import Limits, Single, Stack
 from stacks import Steps
@@ -254,7 +254,7 @@ def calibration_windows(tokenizer, positions: int) -> torch.Tensor:
 
 def command(steps: Steps) -> str:
     """What to type to measure exactly this stack: the flags of this run without the search's, and the stack."""
-    flags = cli.without_flags([flag for flag in sys.argv[1:] if flag != "--find"], *FLAGS, "--dtype")  # the stack spells it
+    flags = without_flags([flag for flag in sys.argv[1:] if flag != "--find"], *FLAGS, "--dtype")  # the stack spells it
     if not steps:
         return shlex.join(["python", "baseline.py", *flags])
     return shlex.join(["python", "run_optimization.py", *flags, "--stack", stacks.spell(steps)])

@@ -24,6 +24,7 @@ import experiment
 import models
 import records
 import texts
+from arguments import fail
 from devices import Unsupported
 from kernels import pruning_costs
 from kernels.calibration_cache import show_progress
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         models.fetch_weights(args.source)
         texts.load_text("calibration")
     except ValueError as error:
-        cli.fail(parser, error)
+        fail(parser, error)
     try:
         with console.status("loading"):
             model = models.load_model(args.source, device=args.torch_device)
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(str(error), markup=False)
         heads = None
     except ValueError as error:  # a damaged file
-        cli.fail(parser, error)
+        fail(parser, error)
     except KeyboardInterrupt:
         console.print("interrupted: nothing was written", markup=False)
         return 130

@@ -22,6 +22,7 @@ import experiment
 import inputs
 import models
 import records
+from arguments import fail
 from measurement import BASELINE, console
 from search import count_weights, prunable_weights
 from stacks import Steps
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         models.fetch_weights(args.source)
         held = lock(Path(args.results_dir))
     except ValueError as error:
-        cli.fail(parser, error)
+        fail(parser, error)
     curve = Curve(args, prepared)
     code = 0
     try:

@@ -10,7 +10,6 @@ Generated parts of a README stand between a pair of HTML comments; FOLDER is rel
     row:FOLDER:RECIPE      one sentence          <!-- row:results:int8 -->...<!-- /row:results:int8 -->
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from arguments import Parser
 from readings import (
     RANDOM,
     amount,
@@ -183,7 +183,7 @@ def update_readme(readme_path, folders=None, check=False):
 
 def main(argv=None):
     """Exit codes: 0 done or nothing drifted, 1 drifted (--check), 2 a folder or marker that cannot be used."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("folders", nargs="*", metavar="FOLDER", help="results folders (default: results)")
     parser.add_argument("--readme", help="rewrite the generated parts of this file (with --check: README.md)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 naming what drifted")

@@ -17,6 +17,7 @@ import cli
 import experiment
 import find
 import stacks
+from arguments import fail
 
 # The experiment on one screen: recipe -> (label, steps in order). The order of steps has a meaning: prune -> precision ->
 # weights -> cache. That of recipes says what a run that ends early still shows: the four techniques, then the best stack.
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--minutes: a search takes --find-minutes")
         limits = find.check(args)
     except ValueError as error:
-        cli.fail(parser, error)
+        fail(parser, error)
     if args.find:
         return find.run(args, limits, parser=parser)
     steps = {name: with_options(RECIPES[name][1], dtype=args.dtype, quick=args.quick) for name in names} | own

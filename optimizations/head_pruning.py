@@ -33,6 +33,7 @@ from torch import nn
 
 import calibration
 import cli
+from arguments import ratio
 from inference import Inference
 from kernels import healing, pruning_costs
 from kernels.allocation import cached_allocation
@@ -240,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     import experiment
 
     parser = cli.build_parser(__doc__)
-    parser.add_argument("--prune-ratio", type=cli.ratio, default=apply.__kwdefaults__["prune_ratio"],
+    parser.add_argument("--prune-ratio", type=ratio, default=apply.__kwdefaults__["prune_ratio"],
         help="share of each layer's query heads to remove (default: %(default)s)")  # fmt: skip
     parser.add_argument("--mode", choices=["structural", "mask"], default=apply.__kwdefaults__["mode"],
         help="structural: rows and columns are gone; mask: the original's zeroing (default: %(default)s)")  # fmt: skip

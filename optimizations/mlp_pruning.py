@@ -26,6 +26,7 @@ from torch import nn
 
 import calibration
 import cli
+from arguments import ratio
 from inference import Inference
 from kernels import healing, pruning_costs
 from kernels.allocation import cached_allocation
@@ -114,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     import experiment
 
     parser = cli.build_parser(__doc__)
-    parser.add_argument("--prune-ratio", type=cli.ratio, default=apply.__kwdefaults__["prune_ratio"],
+    parser.add_argument("--prune-ratio", type=ratio, default=apply.__kwdefaults__["prune_ratio"],
         help="share of all MLP channels to remove (default: %(default)s)")  # fmt: skip
     healing.add_flag(parser)
     calibration.add_text_flag(parser)

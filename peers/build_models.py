@@ -16,12 +16,13 @@ Runs in the peers' environment, with the repository on the path; the other scrip
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from arguments import Parser, fail
 
 # As devices.CACHE, which needs torch: `--help` need not wait for it.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tinyllama-optimization" / "peers"
@@ -159,7 +160,7 @@ BUILDERS: dict[str, Callable[[Path, Path, int], None]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model-dir", type=Path, default=CACHE, metavar="DIR", help=f"default: {CACHE}")
     parser.add_argument("--only", metavar="A,B", help=f"default: all of {', '.join(BUILDERS)}")
     parser.add_argument("--seed", type=int, default=0)
@@ -167,8 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     names = list(BUILDERS) if args.only is None else args.only.split(",")
     for name in names:
         if name not in BUILDERS:
-            print(f"{parser.prog}: --only {name}: choose from {', '.join(BUILDERS)}", file=sys.stderr)
-            return 2
+            fail(parser, ValueError(f"--only {name}: choose from {', '.join(BUILDERS)}"))
     os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: nothing here may reach for the network
     code = 0
     for name in names:

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import torch
 
-import cli
 import interleave
 import judgement
 import records
+from arguments import fail
 from bandwidth import read_bandwidth
 from measurement import console
 from peers import chart, standalone
@@ -51,10 +51,10 @@ def main(argv: list[str] | None = None) -> int:
         chosen = [name for name in getattr(args, flag).split(",") if name]
         for name in chosen:
             if name not in known:
-                cli.fail(parser, ValueError(f"--{flag} {name!r}: choose from {', '.join(known)}"))
+                fail(parser, ValueError(f"--{flag} {name!r}: choose from {', '.join(known)}"))
         names += chosen
     if not names:
-        cli.fail(parser, ValueError(f"--recipes and --peers are both empty: choose from {', '.join([*RECIPES, *PEERS])}"))
+        fail(parser, ValueError(f"--recipes and --peers are both empty: choose from {', '.join([*RECIPES, *PEERS])}"))
     args.torch_device = torch.device("cpu")
     torch.set_num_threads(args.threads)
     environment = records.environment(device=args.torch_device, threads=args.threads)

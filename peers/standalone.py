@@ -14,6 +14,7 @@ import inputs
 import judgement
 import models
 import records
+from arguments import Parser, fail
 from benchmark import Workload
 from measurement import console
 from peers import contenders
@@ -27,7 +28,7 @@ DEFAULT_PYTHON = Path(".venv-peers/bin/python")
 
 def build_parser(docstring: str) -> argparse.ArgumentParser:
     """The flags of the three scripts and of the comparison."""
-    parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(docstring)
     parser.add_argument("--model-dir", type=Path, default=CACHE, metavar="DIR",
         help="where converted models are kept; built there if missing (default: %(default)s)")  # fmt: skip
     parser.add_argument("--peers-python", type=Path, default=DEFAULT_PYTHON, metavar="FILE",
@@ -58,7 +59,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
             )
         cli.check_results_dir(args.results_dir)
     except ValueError as error:
-        cli.fail(parser, error)
+        fail(parser, error)
     args.threads = args.threads or devices.default_threads()
     args.workload = Workload(
         prompt_tokens=args.prompt_tokens, new_tokens=args.new_tokens, repeats=args.repeats, seed=args.seed

@@ -19,6 +19,7 @@ import experiment
 import models
 import run_optimization
 import stacks
+from arguments import without_flags
 from benchmark import Workload
 
 ROOT = Path(cli.__file__).parent
@@ -267,7 +268,7 @@ def test_half_precision_of_a_stack_stands_in_the_stack(refused):
     (["-r", "3", "--resume"], ["-r", "3", "--resume"]),
 ])  # fmt: skip
 def test_flags_are_left_out_with_their_values(flags, expected):
-    assert cli.without_flags(flags, "--recipes") == expected
+    assert without_flags(flags, "--recipes") == expected
 
 
 @pytest.mark.parametrize("flags, expected", [
@@ -475,6 +476,14 @@ def test_the_fixture_is_only_a_configuration(config_folder):
     """Guards the tests above: there is nothing to load in it."""
     assert {path.name for path in config_folder.iterdir()} == {"config.json"}
     assert json.loads((config_folder / "config.json").read_text())["num_attention_heads"] == 8
+
+
+@pytest.mark.parametrize("module", ["report", "compare_runs", "peers.compare", "peers.build_models"])
+def test_scripts_of_their_own_flags_say_one_sentence_too(module, capsys):
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(module).main(["--color", "a", "b"])
+    (sentence,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and "--color" in sentence
 
 
 def test_flags_that_would_do_nothing_are_no_flags(capsys):
