@@ -8,27 +8,31 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def depth_speed(consolidated, records):
-    """Decode speed against tokens in the cache, at the main batch size; names where a recipe overtakes the baseline."""
+    """Decode speed-up against tokens in the cache, at the main batch size; names where a recipe overtakes the baseline.
+
+    Not tokens per second: those of two recipes were read minutes apart, their speed-ups each in turns with the baseline.
+    """
     batch_size = number(consolidated.get("workload"), "batch_size") or 1
-    lines = {id(r): _by_depth(consolidated, r, batch_size) for r in records}
+    lines = {id(r): _speedups(consolidated, r, batch_size) for r in records}
     records = [r for r in records if len(lines[id(r)]) > 1]
     if not records:
         return None
     axes = new_axes(4)[0]
-    longest = max(records, key=lambda r: len(lines[id(r)]))
-    reference = [(depth, base) for depth, (base, _) in lines[id(longest)].items() if base is not None]
-    axes.plot(*zip(*reference, strict=True), "k--", marker=".", label="baseline")
+    axes.axhline(1, color="black", linestyle="--", label="baseline")
     for place, record in enumerate(records):
-        points = [(depth, speed) for depth, (_, speed) in lines[id(record)].items() if speed is not None]
-        _line(axes, place, points, label(record))
-    axes.set_ylabel("decode tokens per second (higher is better)")
+        points = [(depth, *speed) for depth, speed in sorted(lines[id(record)].items()) if speed[0] is not None]
+        _line(axes, place, [point[:2] for point in points], label(record))
+        for depth, _, ends in points:
+            if ends:
+                axes.plot([depth, depth], ends, color=COLOURS[place % len(COLOURS)], linewidth=2)
+    axes.set_ylabel("decode speed-up over the baseline (higher is better)")
     axes.set_ylim(bottom=0)
-    notes = []
+    notes = ["Vertical lines are intervals; a point without one has too few pairs."]
     for record in filter(_has_cache_technique, records):
-        ours = _speedups(consolidated, record, batch_size)
+        ours = _intervals(lines[id(record)])
         name, theirs = "the baseline", dict.fromkeys(ours, (1.0, 1.0))
         if rival := next((r for r in records if r.get("steps") == _without_cache_technique(record)), None):
-            name, theirs = label(rival), _speedups(consolidated, rival, batch_size)
+            name, theirs = label(rival), _intervals(lines[id(rival)])
         notes.append(
             _crossover(label(record), name, {depth: (theirs[depth], ours[depth]) for depth in ours if depth in theirs})
         )
@@ -36,7 +40,7 @@ def depth_speed(consolidated, records):
         axes,
         consolidated,
         [*records, baseline_of(consolidated)],
-        "Decode speed by context depth",
+        "Decode speed-up by context depth",
         "tokens before the prompt",
         notes,
     )
@@ -89,28 +93,21 @@ def _line(axes, place, points, name):
     axes.plot(*zip(*points, strict=True), **style)
 
 
-def _by_depth(consolidated, record, batch_size):
-    """depth -> (baseline, variant) tokens per second at the main batch size, the main workload's point included."""
-    depth = number(consolidated.get("workload"), "depth") or 0
-    speeds = [number(one, "decode_tokens_per_s") for one in (baseline_of(consolidated), record)]
-    main = {depth: tuple(speeds)}
-    points = [point for point in record.get("axes") or [] if point["batch_size"] == batch_size]
-    others = {p["depth"]: (p["baseline_decode_tokens_per_s"], p["decode_tokens_per_s"]) for p in points}
-    return dict(sorted((main | others).items()))
-
-
 def _speedups(consolidated, record, batch_size):
-    """depth -> interval of the speed-up over the baseline, taken in turns with it; None where too few pairs were."""
+    """depth -> (speed-up over the baseline, its interval or None) at this batch size, the main workload's point included."""
     points = [p for p in record.get("axes") or [] if p["batch_size"] == batch_size]
     main = {"depth": number(consolidated.get("workload"), "depth") or 0, **record}
-    return {p["depth"]: interval(p, "speedup_ci") for p in [main, *points]}
+    return {p["depth"]: (number(p, "speedup"), interval(p, "speedup_ci")) for p in [main, *points]}
+
+
+def _intervals(speedups):
+    return {depth: ends for depth, (_, ends) in speedups.items()}
 
 
 def _crossover(name, rival, speedups):
     """From which depth on the recipe is seen to be faster than the same without its cache technique, or not to be slower.
 
-    `speedups` depth -> (the rival's interval, its own): tokens per second of two recipes were read minutes apart, their
-    speed-ups each in turns with the baseline.
+    `speedups` depth -> (the rival's interval, its own).
     """
     if any(None in ends for ends in speedups.values()):
         return f"{name}: too few pairs to tell its speed from that of {rival}."

@@ -37,7 +37,7 @@ STYLE = {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right"
 STYLE |= {"axes.grid": True, "axes.grid.axis": "x", "grid.color": "#DDDDDD", "axes.axisbelow": True}
 FACTORS = "Factors (1.23x): interleaved runs against the baseline, with interval; if none is shown, two separate runs."
 LOWEST = 88  # % of retention: what lies below would squeeze the recipes that matter into one line
-CUT = "Retention below 50 % is drawn at 50 %."
+CUT = f"An arrow points to a retention below {LOWEST} %."
 SPREAD = "Black line: slowest and fastest repeat, or the interval of the factor where the repeats are missing."
 
 
@@ -162,7 +162,7 @@ def quality(consolidated, records):
         axes.text(values[row], row, f" {amount(values[row], 2)}", va="center", fontsize=9)
         place, ends, text = _retention(record)
         if text and record is not baseline:
-            dot(kept, place, row, x_ends=ends)
+            dot(kept, place, row, x_ends=ends, look=(BLUE, "<" if place == LOWEST else "o"))
             value_beside(kept, row, text)
     broken = max(values) > 20 * min(values) > 0  # one broken recipe would flatten all the others
     if broken:
@@ -177,13 +177,13 @@ def quality(consolidated, records):
     return finish(kept, consolidated, records, "Quality and what is kept", "retention in % (higher is better)", notes)
 
 
-def _retention(record, lowest=50):
+def _retention(record):
     """(where to draw it, its interval, the true value as text); a broken recipe must not squeeze all others."""
     share, ends = number(record, "perplexity_retention"), interval(record, "perplexity_retention_ci") or ()
     if share is None:
         return None, None, ""
     text = f"{100 * share:.2f} %" + (f" [{100 * ends[0]:.2f}, {100 * ends[1]:.2f}]" if ends else "")
-    return max(100 * share, lowest), [max(100 * end, lowest) for end in ends], text
+    return max(100 * share, LOWEST), [max(100 * end, LOWEST) for end in ends], text
 
 
 def pareto(consolidated, records):
@@ -207,7 +207,7 @@ def pareto(consolidated, records):
     add_legend(panels[0])
     notes = [
         "Lines through a point are its intervals. Front: nothing, the baseline included, keeps more and is faster or smaller. "
-        f"Retention below {LOWEST} % is drawn at {LOWEST} %, with the figure beside the name."
+        f"A retention counts by the lower end of its interval. {CUT}"
     ]
     xlabel, drawn = "model size in MB = 10^6 bytes (lower is better)", [baseline, *records]
     return finish(panels[1], consolidated, drawn, "What speed and size cost", xlabel, notes)
@@ -225,15 +225,17 @@ def _trade(axes, rows, start, better):
     beside = [({"perplexity_retention": 1.0}, start, None)] if start is not None else []  # what only loses is on no front
     best = front([*beside, *rows], lambda row: (better * row[1], row[0]["perplexity_retention"]))
     for record, x, ends in rows:
-        kept, kept_ends, text = _retention(record, LOWEST)
+        kept, kept_ends, text = _retention(record)
         on_front = any(record is row[0] for row in best)
-        look = (ORANGE, "D") if on_front else (BLUE, "o")
-        dot(axes, x, kept, ends, kept_ends, look=look, name="recipe on the front" if on_front else "recipe beaten in both")
-        names.append((label(record) + (f" ({text.split(' [')[0]})" if kept == LOWEST else ""), x, kept))
+        colour, marker, name = (ORANGE, "D", "recipe on the front") if on_front else (BLUE, "o", "recipe beaten in both")
+        if cut := kept == LOWEST:
+            marker, name = "v", None
+        dot(axes, x, kept, ends, kept_ends, look=(colour, marker), name=name)
+        names.append((label(record) + (f" ({text.split(' [')[0]})" if cut else ""), x, kept))
     axes.margins(0.1)
     if not best:
         return names, lambda **_: None
-    steps = sorted((x, _retention(record, LOWEST)[0]) for record, x, _ in best)
+    steps = sorted((x, _retention(record)[0]) for record, x, _ in best)
     return names, partial(axes.step, *zip(*steps, strict=True), where="pre" if better > 0 else "post")
 
 

@@ -1,7 +1,7 @@
 """Where rounding hurts: what each linear layer's rounding to int4 alone costs, in nats per token, as a map of the model.
 
 The weights are rounded to nearest in groups of 64 and the increase of the loss is estimated from gradients on calibration text
-(kernels/sensitivity.py); int4 chooses the layers that get int8 by a like ranking, on more kinds of text and per bit that it
+(fitting/sensitivity.py); int4 chooses the layers that get int8 by a like ranking, on more kinds of text and per bit that it
 costs. `--heads` adds what a quarter of each layer's heads costs where the others are refitted, which takes minutes the first
 time (kept in ~/.cache/tinyllama-optimization).
 Writes layer_costs_results.json and visualizations/sensitivity.png.
@@ -17,7 +17,6 @@ from pathlib import Path
 
 from torch import nn
 
-import calibration
 import charts
 import cli
 import experiment
@@ -26,10 +25,10 @@ import records
 import texts
 from arguments import fail
 from devices import Unsupported
-from kernels import pruning_costs
-from kernels.calibration_cache import show_progress
+from fitting import calibration, pruning_costs
+from fitting.calibration_cache import show_progress
+from fitting.sensitivity import loss_increases
 from kernels.int4 import nearest_change
-from kernels.sensitivity import loss_increases
 from measurement import console
 
 RESULTS = "layer_costs_results.json"

@@ -10,8 +10,8 @@ from readings import amount, baseline_of, interval, number
 
 # (technique, its `what`) -> how the kind is called
 KINDS = {
-    ("head_pruning", None): "query heads, calibrated",
-    ("mlp_pruning", None): "MLP width, refitted",
+    ("head_pruning", None): "query heads, the rest refitted",
+    ("mlp_pruning", None): "MLP width, the rest refitted",
     ("layer_pruning", "attention"): "attention sublayers",
     ("layer_pruning", "blocks"): "whole blocks",
 }
@@ -41,23 +41,24 @@ def equal_bytes(content):
     for place, (kind, points) in enumerate(lines.items()):
         gone, kept, ends = zip(*sorted(points), strict=True)
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-        shown = [max(each, LOWEST) for each in kept]
-        axes.plot([0, *gone], [100, *shown], color=colour, linewidth=1.5)
+        axes.plot([0, *gone], [100, *kept], color=colour, linewidth=1.5)
+        axes.plot(gone, kept, marker, color=colour, markeredgecolor="black", markersize=8, label=kind)
         for x, each in zip(gone, kept, strict=True):
-            if each < LOWEST:
+            if each < LOWEST:  # the line goes on below the axis
                 axes.annotate(
-                    f"{each:.0f} %", (x, LOWEST), (0, -9), textcoords="offset points", ha="center", va="top", fontsize=9
-                )
-        axes.plot(gone, shown, marker, color=colour, markeredgecolor="black", markersize=8, label=kind)
+                    f"{each:.0f} %", (x, LOWEST), (0, 22), textcoords="offset points", ha="center", fontsize=9,
+                    arrowprops={"arrowstyle": "-|>", "color": colour},
+                )  # fmt: skip
         for x, pair in zip(gone, ends, strict=True):
             if pair:
-                axes.plot([x, x], [max(end, LOWEST) for end in pair], color=colour, linewidth=3, alpha=0.6)
+                axes.plot([x, x], pair, color=colour, linewidth=3, alpha=0.6)
     axes.set_ylabel("perplexity retention in % (higher is better)")
     axes.set_xlim(left=-0.3)
-    axes.margins(y=0.08)
+    lowest = min(kept for points in lines.values() for _, kept, _ in points)
+    axes.set_ylim(max(LOWEST, lowest - 2), 102)
     notes = [
         "Vertical lines are intervals of the retention. Retention = perplexity of the baseline / perplexity.",
-        f"Retention below {LOWEST} % is drawn at {LOWEST} %, with the figure below it.",
+        f"An arrow points to a retention below {LOWEST} %.",
     ]
     if perplexity:
         notes.append(f"The baseline's perplexity is {amount(perplexity, 2)}; it streams {amount(dense / 1e6)} MB a token.")

@@ -132,7 +132,7 @@ def _commit() -> dict:
 def _code_sha256() -> str:
     """One hash of all the code that measures: an edited kernel must not resume into the old one's results."""
     root = Path(__file__).parent
-    files = sorted([*root.glob("*.py"), *root.glob("kernels/*"), *root.glob("optimizations/*.py")])
+    files = sorted(file for part in ("*.py", "kernels/*", "fitting/*.py", "optimizations/*.py") for file in root.glob(part))
     digest = hashlib.sha256()
     for file in files:
         if file.is_file() and file.name not in READERS_OF_RESULTS:

@@ -39,7 +39,8 @@ from readings import (
 COLUMNS = ["Method", "Tokens/sec", "Memory (MB)", "Model size (MB)", "Perplexity"]
 LEGEND = (
     "In brackets: change against the baseline with its interval; for perplexity, the share of quality kept. "
-    "Retention passes if the lower end of its interval does."
+    "Changes are medians of runs taken in turns, so the column's own ratio may differ. "
+    "Speed and memory pass by the value, retention by the lower end of its interval."
 )
 UNKNOWN = "not measured"
 MARKER = re.compile(r"<!-- ((results|row):(\S+)) -->")

@@ -31,10 +31,10 @@ import saving
 import speculation
 from benchmark import Workload
 from devices import MB, Unsupported, release_memory
+from fitting.calibration_cache import CalibrationCache
 from inference import generate_ids
 from kernels import build
 from kernels.build import load_kernels
-from kernels.calibration_cache import CalibrationCache
 from memory import PeakMemory, resident_mb
 from records import file_size_mb, technique_module
 from stacks import Steps

@@ -15,6 +15,7 @@ from kernels.int8 import (
     gpu_products,
     kernel_is_fastest,
     kernels_run,
+    multiply_add,
     multiply_in_blocks,
     quantize_groups,
     shaped_like,
@@ -22,6 +23,7 @@ from kernels.int8 import (
 from kernels.packing import pack_nibble_panels, pack_scales, unpack_nibble_panels, unpack_scales
 
 LEVELS = 15
+Form = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes uint8 [N, K], scale and minimum bfloat16 [N, G]
 # Shares of a group's range that the search tries: cutting off the extremes makes the steps between all others finer.
 SHRUNKEN = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
 BLOCK_WEIGHTS = 1 << 18  # rounded at a time: the temporaries of the search stay in the cache
@@ -85,9 +87,9 @@ def int4_linear_reference(
     group_size: int,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The twin: y[m,n] = sum over g of xs[m,g] * (scale[n,g] * sum_k xq codes + minimum[n,g] * sum_k xq).
+    """The twin: y[m,n] = sum over g of xs[m,g] * scale[n,g] * sum_k xq codes + xs[m,g] * sum_k xq * minimum[n,g].
 
-    Both sums over k are integers below 2^24 and exact; the sum over groups is float32.
+    Both sums over k are integers below 2^24 and exact; the sum over groups is float32, rounded as `int8_linear_reference` says.
 
     Args:
         x: floating point [..., K], quantised here to int8 per row and group (`quantize_groups`): xq, xs.
@@ -105,8 +107,9 @@ def int4_linear_reference(
     for group, start in enumerate(range(0, x.shape[-1], group_size)):
         inputs = xq[:, start : start + group_size].float()
         products = inputs @ codes[:, start : start + group_size].float().T
-        total = inputs.sum(1, keepdim=True)
-        out += xs[:, group, None] * (products * scale[:, group] + total * minimum[:, group])
+        x_scale = xs[:, group, None]
+        out = multiply_add(products, x_scale * scale[:, group], out)
+        out = multiply_add(x_scale * inputs.sum(1, keepdim=True), minimum[:, group], out)
     out = out if bias is None else out + bias
     return out.view(*x.shape[:-1], out.shape[-1])
 

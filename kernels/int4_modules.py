@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from kernels.gptq import Form
-from kernels.int4 import dequantize_int4, int4_linear, pack, pack_nibbles, quantize_int4, unpack_nibbles
+from kernels.int4 import Form, dequantize_int4, int4_linear, pack, pack_nibbles, quantize_int4, unpack_nibbles
 from kernels.packing import CHANNELS, scale_rows
 from streaming import by_rows, rows_of
 

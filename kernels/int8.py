@@ -61,7 +61,9 @@ def dequantize_groups(q: torch.Tensor, scale: torch.Tensor, group_size: int) -> 
 def int8_linear_reference(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, group_size: int, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The twin of int8_linear: the same integers, exact sums within a group, float32 over groups.
+    """The twin of int8_linear: the same integers, exact sums within a group, float32 over groups, one after another.
+
+    Bit for bit what the kernels for x86-64 vectors and matrix units give; portable C++ may round products on the way.
 
     Args:
         x: floating point [..., K], quantised here per row and group.
@@ -81,8 +83,13 @@ def int8_linear_reference(
         for first in range(start, stop, EXACT_CHUNK):
             chunk = slice(first, min(first + EXACT_CHUNK, stop))
             exact += (q[:, chunk].float() @ weight[:, chunk].float().T).to(torch.int32)
-        out += exact.float() * (x_scale[:, group, None] * scale[:, group].float())
+        out = multiply_add(exact.float(), x_scale[:, group, None] * scale[:, group].float(), out)
     return finish(out, x, bias)
+
+
+def multiply_add(a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """a * b + c of float32 tensors, rounded once like a fused one: float64, which MPS lacks, holds the product."""
+    return torch.addcmul(c.double(), a.double(), b.double()).float()
 
 
 def int8_weight_only_reference(

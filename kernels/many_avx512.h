@@ -48,8 +48,8 @@ TARGET_AVX512 NO_PRE void int8_rows_avx512(const Block& b, int row) {
       const __m512 w_scale = sixteen_bf16(b.w_scale[panel] + g * kChannels);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const __m512 scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[p][r]), w_scale);
-        out[p][r] = _mm512_fmadd_ps(scaled, _mm512_set1_ps(x_scale[r * groups + g]), out[p][r]);
+        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(x_scale[r * groups + g]), w_scale);
+        out[p][r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[p][r]), scale, out[p][r]);
       }
       if (b.w_min[panel] == nullptr) continue;
       const __m512 w_min = sixteen_bf16(b.w_min[panel] + g * kChannels);

@@ -6,8 +6,8 @@ Idea    Many heads matter little (Michel et al. 2019). Which ones, `--method` sa
         calibrated  those whose loss the others can best make up for (second moments of o_proj's inputs), one after another
                     from the layer where the model, as pruned by then, feels it least; then o_proj and down_proj are
                     refitted in closed form, layer after layer, towards the dense model's residual stream
-                    (kernels/pruning_costs.py, allocation.py, compensation.py)
-        `--heal-minutes` then trains the layers that remain towards the dense model's answers (kernels/healing.py).
+                    (fitting/pruning_costs.py, allocation.py, compensation.py)
+        `--heal-minutes` then trains the layers that remain towards the dense model's answers (fitting/healing.py).
 Helps   By the bytes that are gone, no more: 25 % of the query heads are 4.5 % of what TinyLlama streams per token, so
         decode gains at most 1.047x. `--mode mask`, the original's zeroing, removes nothing and gains nothing.
 Loses   Quality. The L2 norm ignores what flows through a head; on a small model it is a poor guide (see the README).
@@ -31,15 +31,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-import calibration
 import cli
 from arguments import ratio
+from fitting import calibration, healing, pruning_costs
+from fitting.allocation import cached_allocation
+from fitting.calibration_cache import CalibrationCache
+from fitting.compensation import refit_in_order
 from inference import Inference
-from kernels import healing, pruning_costs
-from kernels.allocation import cached_allocation
 from kernels.attention import use_grouped_heads
-from kernels.calibration_cache import CalibrationCache
-from kernels.compensation import refit_in_order
 from kernels.modules import check_not_lean, cut_linear
 
 METHODS = ("l2", "energy", "calibrated")

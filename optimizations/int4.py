@@ -40,21 +40,21 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-import calibration
 import cli
 from devices import fast_products
+from fitting import calibration
+from fitting.blockwise import STAGES, round_blockwise, stages_of
+from fitting.calibration_cache import CalibrationCache
+from fitting.form_cache import cached_forms, rows_of_form, save_forms
+from fitting.sensitivity import added_bits, choose_upgrades, costs_by_position, loss_increases
+from fitting.tuning import HELD_OUT_MOST, tune
 from inference import Inference
 from kernels.attention import use_grouped_heads
-from kernels.blockwise import STAGES, round_blockwise, stages_of
-from kernels.calibration_cache import CalibrationCache
-from kernels.form_cache import cached_forms, rows_of_form, save_forms
 from kernels.gated_mlp import use_gated_mlps
 from kernels.int4 import GROUP_SIZES, nearest_change
 from kernels.int4_modules import Int4Linear, Int4Table
 from kernels.int8_modules import Int8Linear, Int8Table
 from kernels.modules import check_not_lean, is_tied, replace_linears
-from kernels.sensitivity import added_bits, choose_upgrades, costs_by_position, loss_increases
-from kernels.tuning import HELD_OUT_MOST, tune
 from streaming import read_weights, streams
 
 TABLE = "model.embed_tokens"

@@ -19,11 +19,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-import calibration
 import cli
+from fitting import calibration
+from fitting.calibration_cache import CalibrationCache, show_progress
+from fitting.divergence import Divergence, probe_windows
 from inference import Inference
-from kernels.calibration_cache import CalibrationCache, show_progress
-from kernels.divergence import Divergence, probe_windows
 from kernels.modules import check_not_lean
 
 WHAT = ("attention", "blocks")

@@ -4,8 +4,8 @@ Idea    An MLP is a sum over channels, down_i * (silu(gate_i x) * up_i x); its c
         from the rest. They are chosen by the second moments of down_proj's inputs (what a refit cannot recover) weighed by
         how much the model's answer feels it, and go from the layer where the model, as pruned by then, feels it least. Rows
         of gate_proj and up_proj and columns of down_proj go; then o_proj and down_proj are refitted in closed form, layer
-        after layer, towards the dense model's residual stream (kernels/compensation.py).
-        `--heal-minutes` then trains the layers that remain towards the dense model's answers (kernels/healing.py).
+        after layer, towards the dense model's residual stream (fitting/compensation.py).
+        `--heal-minutes` then trains the layers that remain towards the dense model's answers (fitting/healing.py).
 Helps   Where the bytes are: the MLP is 74 % of what TinyLlama streams per token, so a tenth of its width allows 1.08x in
         decode, more than a quarter of its heads (1.05x), and attention keeps its even shape.
 Loses   Quality, like every removal, and more on text unlike what it learns from (`--calibration-text`).
@@ -24,14 +24,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-import calibration
 import cli
 from arguments import ratio
+from fitting import calibration, healing, pruning_costs
+from fitting.allocation import cached_allocation
+from fitting.calibration_cache import CalibrationCache
+from fitting.compensation import refit_in_order
 from inference import Inference
-from kernels import healing, pruning_costs
-from kernels.allocation import cached_allocation
-from kernels.calibration_cache import CalibrationCache
-from kernels.compensation import refit_in_order
 from kernels.modules import check_not_lean, cut_linear
 
 PANEL = 16  # channels that go together

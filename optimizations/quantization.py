@@ -29,14 +29,14 @@ import torch
 from torch import nn
 
 import cli
-from calibration import calibration_ids, has_text
 from devices import Unsupported
+from fitting.calibration import calibration_ids, has_text
+from fitting.smoothing import CALIBRATION_TOKENS, STRENGTH, smooth
 from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.gated_mlp import use_gated_mlps
 from kernels.int8_modules import ClassicLinear, Int8Linear, Int8Table, kernel_note
 from kernels.modules import check_not_lean, is_tied, replace_linears
-from kernels.smoothing import CALIBRATION_TOKENS, STRENGTH, smooth
 from streaming import read_weights, streams
 
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
@@ -52,7 +52,7 @@ def apply(
 
     `granularity` (channel or tensor) applies to dynamic and weight-only, `group_size` to grouped, half of it to the
     `fine_layers`, named by kind and separated by commas. `float_activations` names layers whose inputs stay in floating point.
-    `smoothing` is the share of an activation's outliers that moves into the weights first (kernels/smoothing.py); by itself 0.7
+    `smoothing` is the share of an activation's outliers that moves into the weights first (fitting/smoothing.py); by itself 0.7
     for dynamic, where the model has words, else 0.
     Raises ValueError if no nn.Linear is left to quantise, Unsupported where the device cannot run the scheme.
     """

@@ -20,11 +20,11 @@ from __future__ import annotations
 
 from torch import nn
 
-import calibration
 import cli
+from fitting import calibration
+from fitting.smoothing import CALIBRATION_TOKENS, STRENGTH, smooth
 from inference import Inference
 from kernels.modules import check_not_lean
-from kernels.smoothing import CALIBRATION_TOKENS, STRENGTH, smooth
 
 
 def apply(model, *, strength: float = STRENGTH, calibration_tokens: int = CALIBRATION_TOKENS):

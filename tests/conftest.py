@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import models
 import quality
 import texts
-from kernels import calibration_cache
+from fitting import calibration_cache
 from kernels.build import cpu_variant, load_kernels
 
 torch.set_num_threads(1)  # tiny products lose more by waking threads than they gain, above all on a busy machine

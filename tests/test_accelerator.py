@@ -41,7 +41,7 @@ STACKS = [
 @pytest.mark.parametrize("stack", STACKS)
 def test_computes_what_a_cpu_does(stack, tiny, ids, accelerator, tmp_path, monkeypatch):
     """A prompt at once and token by token. Int8 activations and half precision round differently there: direction, not bits."""
-    monkeypatch.setattr("kernels.calibration_cache.ROOT", tmp_path)
+    monkeypatch.setattr("fitting.calibration_cache.ROOT", tmp_path)
     on_cpu = tiny(initializer_range=0.08)
     on_device = applied(stack, copy.deepcopy(on_cpu).to(accelerator))
     on_cpu = applied(stack, on_cpu)
@@ -58,7 +58,7 @@ def test_computes_what_a_cpu_does(stack, tiny, ids, accelerator, tmp_path, monke
 @pytest.mark.parametrize("stack", STACKS)
 def test_generates_and_is_timed(stack, tiny, ids, accelerator, tmp_path, monkeypatch):
     """What the benchmark times is what a user gets."""
-    monkeypatch.setattr("kernels.calibration_cache.ROOT", tmp_path)
+    monkeypatch.setattr("fitting.calibration_cache.ROOT", tmp_path)
     model = applied(stack, tiny(initializer_range=0.08).to(accelerator))
     prompt = ids[:1].to(accelerator)
     timing = time_generation(model, prompt, new_tokens=40)

@@ -9,9 +9,9 @@ import torch
 from conftest import make_tiny
 
 import models
-from kernels import allocation, calibration_cache
-from kernels.allocation import cached_allocation
-from kernels.pruning_costs import Ranking
+from fitting import allocation, calibration_cache
+from fitting.allocation import cached_allocation
+from fitting.pruning_costs import Ranking
 
 HEADS, WIDTH = 9, 16
 WINDOWS = torch.randint(1, 97, (2, 64), generator=torch.Generator().manual_seed(1))

@@ -26,7 +26,7 @@ def filled(layer_type, batch_size, depth, head_dim):
 
 
 @pytest.mark.parametrize("layer_type", LAYERS)
-@pytest.mark.parametrize(("batch_size", "depth"), [(1, 1), (3, 63), (9, 65), (1, 257), (2, 700)])
+@pytest.mark.parametrize(("batch_size", "depth"), [(1, 1), (3, 63), (9, 65), (1, 257), (2, 700), (1, 2048)])
 @pytest.mark.parametrize("head_dim", [16, 64, 80])
 def test_a_few_rows_equal_their_twin(layer_type, batch_size, depth, head_dim, kernels):
     layer, generator = filled(layer_type, batch_size, depth, head_dim)
@@ -42,7 +42,9 @@ def test_a_few_rows_equal_their_twin(layer_type, batch_size, depth, head_dim, ke
 
 
 @pytest.mark.parametrize("layer_type", LAYERS)
-@pytest.mark.parametrize(("batch_size", "rows", "depth"), [(1, 17, 0), (3, 64, 0), (2, 33, 100), (1, 600, 7), (9, 18, 1)])
+@pytest.mark.parametrize(
+    ("batch_size", "rows", "depth"), [(1, 17, 0), (3, 64, 0), (2, 33, 100), (1, 600, 7), (9, 18, 1), (1, 20, 2028)]
+)
 @pytest.mark.parametrize("head_dim", [6, 64, 80])
 def test_a_prompt_equals_its_twin(layer_type, batch_size, rows, depth, head_dim, kernels):
     layer, generator = filled(layer_type, batch_size, depth + rows, head_dim)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from conftest import make_tiny
 
-from kernels import divergence, healing
-from kernels.divergence import Divergence, asked_tokens, divergence_of, probe_windows
+from fitting import divergence, healing
+from fitting.divergence import Divergence, asked_tokens, divergence_of, probe_windows
 from optimizations import quantization
 
 PROBES = torch.randint(1, 97, (3, 40), generator=torch.Generator().manual_seed(1))

@@ -5,10 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import calibration
 import models
 import texts
-from kernels import calibration_cache, generated_text
+from fitting import calibration, calibration_cache, generated_text
 
 
 @pytest.fixture

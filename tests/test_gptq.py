@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels.gptq import damp, descend, gptq, gptq_reference, gptq_refined, refit_grid
+from fitting.gptq import damp, descend, gptq, gptq_reference, gptq_refined, refit_grid
 from kernels.int4 import dequantize_int4, quantize_int4
 
 SHAPES = [(37, 100), (8, 64), (20, 257)]  # N, K

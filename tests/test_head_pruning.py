@@ -11,8 +11,8 @@ from transformers import DynamicCache, LlamaConfig
 
 import models
 from benchmark import count_parameters, evidence, new_cache, weight_bytes
+from fitting import calibration_cache, pruning_costs
 from inference import generate_ids
-from kernels import calibration_cache, pruning_costs
 from optimizations import head_pruning
 from optimizations.head_pruning import apply, check, energies, head_importance, heads_to_keep
 from optimizations.kv_cache_quant import Int8Cache

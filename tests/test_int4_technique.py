@@ -10,14 +10,13 @@ import torch
 from conftest import logits_of, make_tiny
 
 import benchmark
-import calibration
 import cli
-import kernels.blockwise
-from kernels import calibration_cache
-from kernels.blockwise import corrected
+import fitting.blockwise
+from fitting import calibration, calibration_cache
+from fitting.blockwise import corrected
+from fitting.sensitivity import added_bits, choose_upgrades, loss_increases
 from kernels.int4_modules import Int4Linear
 from kernels.int8_modules import Int8Linear
-from kernels.sensitivity import added_bits, choose_upgrades, loss_increases
 from models import ModelSource
 from optimizations import head_pruning, int4, layer_pruning, quantization, smoothing
 
@@ -108,7 +107,7 @@ def test_correction_finds_the_weights_for_the_inputs_there_are():
 def test_the_model_is_only_borrowed_while_it_is_walked():
     model = tiny()
     modules, before = dict(model.named_modules()), {name: p.clone() for name, p in model.named_parameters()}
-    forms = kernels.blockwise.round_blockwise(model, CALIBRATION, group_size=32, damping=0.01, tied=False, correction=0.5)
+    forms = fitting.blockwise.round_blockwise(model, CALIBRATION, group_size=32, damping=0.01, tied=False, correction=0.5)
     assert len(forms) == 3 * 7 + 1
     assert dict(model.named_modules()) == modules
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())

@@ -9,8 +9,8 @@ from transformers import DynamicCache
 
 import models
 from benchmark import cache_bytes, count_parameters, evidence, new_cache, time_generation, weight_bytes
+from fitting import calibration_cache
 from inference import generate_ids
-from kernels import calibration_cache
 from optimizations import head_pruning, kv_cache_quant, layer_pruning, mlp_pruning, quantization
 from optimizations.layer_pruning import apply, check, choose
 

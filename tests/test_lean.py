@@ -10,8 +10,9 @@ from transformers import DynamicCache
 import benchmark
 import models
 from benchmark import new_cache
+from fitting import calibration_cache
 from inference import generate_ids
-from kernels import calibration_cache, step
+from kernels import step
 from kernels.build import cpu_variant, load_kernels
 from kernels.int8_modules import Int8Linear
 from kernels.kv_cache import RoomyCache

@@ -6,11 +6,10 @@ import pytest
 import torch
 from conftest import logits_of, stepwise_logits
 
-import calibration
 import models
 from benchmark import count_parameters, new_cache, weight_bytes
+from fitting import calibration, calibration_cache, compensation
 from inference import generate_ids
-from kernels import calibration_cache, compensation
 from optimizations import mlp_pruning
 from optimizations.kv_cache_quant import Int8Cache
 from optimizations.mlp_pruning import apply, check

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from kernels.pruning_costs import corrected, refitted_without
-from kernels.refit import SELECTION_DAMPING, Regression, damped, eliminate, fit_ridge, ridge
+from fitting.pruning_costs import corrected, refitted_without
+from fitting.refit import SELECTION_DAMPING, Regression, damped, eliminate, fit_ridge, ridge
 
 
 def activations(tokens=400, width=24, seed=0):

@@ -271,8 +271,11 @@ def test_equal_bytes_has_a_line_for_each_kind(curve, tmp_path):
     assert [path.stem for path in charts.stale(curve, tmp_path)] == ["equal_bytes"]
     axes = charts.equal_bytes(curve).axes[0]
     lines = {line.get_label(): line.get_xdata() for line in axes.lines if not line.get_label().startswith("_")}
-    assert set(lines) == {"baseline", "query heads, calibrated", "whole blocks"}
+    assert set(lines) == {"baseline", "query heads, the rest refitted", "whole blocks"}
     assert lines["whole blocks"] == pytest.approx([2, 5])
+    low = next(line for line in axes.lines if line.get_label().startswith("query heads"))
+    assert 50 in low.get_ydata() and axes.get_ylim()[0] == 70, "drawn where it is, below the axis: slopes are true"
+    assert "50 %" in [text.get_text() for text in axes.texts]
     texts = " ".join(text.get_text() for text in charts.equal_bytes(curve).texts)
     assert "9 blocks - failed: no memory" in texts
     assert charts.equal_bytes({"results": curve["results"][:1]}) is None

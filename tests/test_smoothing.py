@@ -7,7 +7,7 @@ import torch
 from conftest import logits_of, make_tiny
 
 import cli
-from kernels.smoothing import fold, input_absmax, migrate, seams, smoothing_factors
+from fitting.smoothing import fold, input_absmax, migrate, seams, smoothing_factors
 from models import ModelSource
 from optimizations import head_pruning, quantization, smoothing
 
@@ -32,7 +32,7 @@ def with_outliers(model):
 def test_outliers_are_looked_for_once(monkeypatch):
     """What a second load finds on disk gives the same weights, and no text is run again."""
     first = smoothing.apply(random_tiny(), **QUICK)
-    monkeypatch.setattr("kernels.smoothing.input_absmax", None)
+    monkeypatch.setattr("fitting.smoothing.input_absmax", None)
     second = smoothing.apply(random_tiny(), **QUICK)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 

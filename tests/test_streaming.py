@@ -11,12 +11,11 @@ from test_worker import job
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import benchmark
-import calibration
 import models
 import streaming
+from fitting import calibration, calibration_cache
+from fitting.form_cache import StoredForms
 from inference import Inference
-from kernels import calibration_cache
-from kernels.form_cache import StoredForms
 from kernels.int8_modules import Int8Linear
 from models import find_model, load_model
 from optimizations import int4, mixed_precision, quantization

@@ -7,11 +7,11 @@ import torch
 from conftest import logits_of, make_tiny
 from torch import nn
 
-from kernels import tuning
-from kernels.blockwise import round_blockwise
-from kernels.healing import Teacher
+from fitting import tuning
+from fitting.blockwise import round_blockwise
+from fitting.healing import Teacher
+from fitting.tuning import TunableLinear, _GridProduct, on_grid, tune
 from kernels.int4 import dequantize_int4, int4_linear_reference, quantize_int4
-from kernels.tuning import TunableLinear, _GridProduct, on_grid, tune
 
 WINDOWS = torch.randint(1, 97, (24, 64), generator=torch.Generator().manual_seed(1))
 GROUP = 32

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kernels.calibration_cache import CalibrationCache
-from kernels.gptq import Form
-from kernels.int4 import pack_nibbles, unpack_nibbles
+from fitting.calibration_cache import CalibrationCache
+from kernels.int4 import Form, pack_nibbles, unpack_nibbles
 
 
 class StoredForms(Mapping):

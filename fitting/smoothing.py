@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kernels.calibration_cache import CalibrationCache
+from fitting.calibration_cache import CalibrationCache
 from kernels.modules import is_tied
 
 STRENGTH, CALIBRATION_TOKENS = 0.7, 16384  # what loses least on held-out text; enough tokens to meet the outliers

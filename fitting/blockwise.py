@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from devices import has_half_arithmetic, require_float64
-from kernels.calibration_cache import show_progress
-from kernels.gptq import Form, damp, gptq_refined
-from kernels.int4 import dequantize_int4
+from fitting.calibration_cache import show_progress
+from fitting.gptq import damp, gptq_refined
+from kernels.int4 import Form, dequantize_int4
 from kernels.int8 import dequantize_groups, quantize_groups
 
 STAGES = (
@@ -80,7 +80,7 @@ def round_blockwise(
     Args:
         model: a LlamaForCausalLM whose layers are nn.Linear.
         ids: int64 [windows, tokens] of calibration text.
-        group_size, damping: as in kernels.gptq.gptq.
+        group_size, damping: as in fitting.gptq.gptq.
         tied: lm_head is the input embedding as well.
         correction: 0 to 1, how much of what the rounded layers before it did wrong each layer makes good: its weights are
             first moved towards those that give the float model's outputs on the rounded model's inputs.

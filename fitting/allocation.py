@@ -15,9 +15,9 @@ import math
 import torch
 
 from devices import require_float64
-from kernels.calibration_cache import CalibrationCache, show_progress
-from kernels.divergence import Divergence, probe_windows
-from kernels.pruning_costs import RANKING_CODE, WRITERS, Ranking, input_moments, refitted_without
+from fitting.calibration_cache import CalibrationCache, show_progress
+from fitting.divergence import Divergence, probe_windows
+from fitting.pruning_costs import RANKING_CODE, WRITERS, Ranking, input_moments, refitted_without
 
 PROBES = 8
 MOVES = 72  # removals at most, each of as many steps as it takes

@@ -23,7 +23,8 @@ from streaming import UnreadWeight, block_rows
 ROOT = CACHE / "calibration"
 CODE = ("refit.py", "divergence.py", "pruning_costs.py", "compensation.py")  # a change of the maths is a change of the result
 # As it was when this process began: who edits a file meanwhile changes what the next one computes, not this one.
-SOURCES = {file.name: file.read_bytes() for file in Path(__file__).parent.glob("*.py")}
+HERE = Path(__file__).parent
+SOURCES = {file.name: file.read_bytes() for folder in (HERE, HERE.parent / "kernels") for file in folder.glob("*.py")}
 
 
 class CalibrationCache:
@@ -38,8 +39,8 @@ class CalibrationCache:
 
     @classmethod
     def of(cls, model, windows: torch.Tensor, *, code: tuple[str, ...] = CODE, **options) -> CalibrationCache:
-        """The cache of these weights, whatever was done to them before, these calibration windows, the files `code` beside
-        this one, and these options (what JSON can hold)."""
+        """The cache of these weights, whatever was done to them before, these calibration windows, the files `code` here or in
+        kernels/, and these options (what JSON can hold)."""
         digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
         digest.update(windows.cpu().numpy().tobytes())
         for name, parameter in model.named_parameters():

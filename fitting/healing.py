@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from devices import fast_products, has_half_arithmetic
-from kernels.calibration_cache import CalibrationCache, show_progress
-from kernels.divergence import asked_logits, asked_tokens, divergence_of
+from fitting.calibration_cache import CalibrationCache, show_progress
+from fitting.divergence import asked_logits, asked_tokens, divergence_of
 
 KEPT_TOKENS = 128  # of the dense distribution at each position
 DRAWN_TOKENS = 32  # of the others, which they stand for
@@ -43,7 +43,7 @@ def add_flag(parser: argparse.ArgumentParser) -> None:
 
 class Teacher:
     """The dense model's answers on `windows` int64 [W, T]: the likeliest tokens at each position and a few of the others, with
-    their log-probabilities and their shares of the distribution (kernels/divergence.py), [W, T, asked] each."""
+    their log-probabilities and their shares of the distribution (fitting/divergence.py), [W, T, asked] each."""
 
     @torch.inference_mode()
     def __init__(self, model, windows: torch.Tensor):

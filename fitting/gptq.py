@@ -15,9 +15,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.int4 import LEVELS, dequantize_int4, quantize_int4, round_to_levels
+from kernels.int4 import LEVELS, Form, dequantize_int4, quantize_int4, round_to_levels
 
-Form = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes uint8 [N, K], scale and minimum bfloat16 [N, G]
 RIDGE = 1e-4  # of a diagonal element: holds the least-squares grid to the old one where the codes leave it open
 
 

@@ -1,6 +1,6 @@
 """Which inputs of each layer's o_proj or down_proj matter, and what removing them costs the model, in nats per token.
 
-Two looks at calibration text. First one backward pass gives the moments that kernels/refit.py ranks by. Its costs are local:
+Two looks at calibration text. First one backward pass gives the moments that fitting/refit.py ranks by. Its costs are local:
 they take tokens as independent and the rest of the model as linear, and on SmolLM2's first layers they are wrong by a
 factor of a hundred. So second, each layer's cost is measured: the layer alone is cut and refitted, the layers after it run,
 and the KL divergence to the dense model is taken. Between the measured points the curve keeps the ranking's shape.
@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-import calibration
 from devices import fast_products, require_float64
-from kernels.calibration_cache import CalibrationCache, show_progress
-from kernels.compensation import WRITERS
-from kernels.divergence import Divergence, probe_windows
-from kernels.refit import SELECTION_DAMPING, damped, eliminate
+from fitting import calibration
+from fitting.calibration_cache import CalibrationCache, show_progress
+from fitting.compensation import WRITERS
+from fitting.divergence import Divergence, probe_windows
+from fitting.refit import SELECTION_DAMPING, damped, eliminate
 
 MOMENT_WINDOWS = 24
 RANKING_CODE = ("refit.py", "divergence.py", "pruning_costs.py")  # what the results depend on

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from kernels.blockwise import STAGES
+from fitting.blockwise import STAGES
 
 
 def loss_increases(model, ids: torch.Tensor, changes: dict[str, Callable[[], torch.Tensor]]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from kernels.calibration_cache import CalibrationCache, show_progress
+from fitting.calibration_cache import CalibrationCache, show_progress
 from streaming import read_weights
 
 WINDOWS = 32  # written side by side: a minute or two for SmolLM2 on two cores

@@ -1,7 +1,7 @@
 """What techniques may learn from text: token windows of the calibration part, and the second moments of layer inputs.
 
 The calibration text never overlaps the evaluation text (texts.py). A share of it may be written by the model itself
-(kernels/generated_text.py), which keeps what is learnt from holding for one kind of text only. Random weights have no
+(fitting/generated_text.py), which keeps what is learnt from holding for one kind of text only. Random weights have no
 words: their windows are seeded random ids, so that every technique still runs for its speed and size.
 """
 
@@ -16,12 +16,12 @@ import transformers
 
 import models
 import texts
-from kernels.calibration_cache import CalibrationCache
-from kernels.generated_text import generated_windows
+from fitting.calibration_cache import CalibrationCache
+from fitting.generated_text import generated_windows
 
 WINDOW = 512
 REFIT_TOKENS = 98304  # bounds time where there is more text than the embedded one has
-REFIT_BYTES = 2e9  # bounds what refitting holds besides the model (kernels/compensation.py)
+REFIT_BYTES = 2e9  # bounds what refitting holds besides the model (fitting/compensation.py)
 TEXTS = ("mixed", "evaluated")  # what pruning may learn from
 
 

@@ -17,8 +17,8 @@ from torch import nn
 from transformers.masking_utils import create_causal_mask
 
 from devices import require_float64
-from kernels.calibration_cache import CalibrationCache, show_progress
-from kernels.refit import Regression, fit_ridge
+from fitting.calibration_cache import CalibrationCache, show_progress
+from fitting.refit import Regression, fit_ridge
 
 BATCH_WINDOWS = 4
 HELD_OUT_EVERY = 8  # one window in eight chooses the damping

@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from devices import has_half_arithmetic
-from kernels.calibration_cache import show_progress
-from kernels.gptq import Form
+from fitting.calibration_cache import show_progress
+from fitting.healing import Teacher, held_out_and_trained
 from kernels.half import HalfTable
-from kernels.healing import Teacher, held_out_and_trained
-from kernels.int4 import LEVELS
+from kernels.int4 import LEVELS, Form
 from kernels.int8 import dequantize_groups, quantize_groups
 
 HELD_OUT_MOST = 4
@@ -149,7 +148,7 @@ def tune(
     Args:
         model: a LlamaForCausalLM whose layers are nn.Linear; those without a form are taken for int8.
         ids: int64 [windows, tokens] of calibration text, two or more.
-        forms: as from kernels.blockwise.round_blockwise.
+        forms: as from fitting.blockwise.round_blockwise.
         tied: lm_head is the input embedding as well.
     """
     dtype = torch.bfloat16 if has_half_arithmetic(model.device, torch.bfloat16)[0] else torch.float32
