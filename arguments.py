@@ -36,7 +36,7 @@ def without_flags(argv: list[str], *names: str) -> list[str]:
     kept, skip = [], False
     for word in argv:
         flag, equals, _ = word.partition("=")
-        dropped = not skip and len(flag) > 4 and any(name.startswith(flag) for name in names)
+        dropped = not skip and len(flag) > 2 and any(name.startswith(flag) for name in names)
         if not skip and not dropped:
             kept.append(word)
         skip = dropped and not equals

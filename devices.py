@@ -86,7 +86,10 @@ def trim_heap() -> None:
 def require_float64(device: torch.device) -> None:
     """Raises Unsupported where closed forms cannot be solved; what another device calibrated is found in the cache first."""
     if device.type == "mps":
-        raise Unsupported("calibration needs float64, which MPS lacks: run the same once with --device cpu, its result is kept")
+        raise Unsupported(
+            "calibration needs float64, which MPS lacks: run the same once with --device cpu -o elsewhere, then again "
+            "with --no-resume: the result is kept"
+        )
 
 
 def available_memory_mb(device: torch.device) -> float:

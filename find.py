@@ -81,7 +81,7 @@ def run(args, limits: Limits, *, parser) -> int:
     finder = Finder(args, limits)
     code = experiment.run({}, args, parser=parser, search=finder.choose_recipes)
     finder.conclude()
-    return code or (1 if finder.impossible else 0)
+    return code or (1 if finder.impossible or finder.failures() else 0)
 
 
 class Finder:
@@ -150,6 +150,13 @@ class Finder:
                 shown.print(line, markup=False, highlight=False)
         if late:
             shown.print(f"Not reached: {', '.join(late)}. The same command goes on from here.")
+        for name, reason in self.failures().items():
+            shown.print(f"Failed, and in no stack therefore: {name} ({reason})", markup=False)
+
+    def failures(self) -> dict[str, str]:
+        """Choices that failed when they were measured alone, and why."""
+        alone = self.state.get("alone", {}).items()
+        return {name: entry["reason"] for name, entry in alone if entry["status"] in ("failed", "oom")}
 
     def _resume(self, consolidated: dict) -> None:
         head = {key: consolidated[key] for key in ("environment", "workload", "identity")}
@@ -211,7 +218,7 @@ class Finder:
             return {"status": getattr(error, "status", "unsupported"), "reason": str(error)}
         interval = quality["delta_nll_ci"]
         return {
-            "status": "ok", "reason": None, "seconds": time.time() - start, "apply_s": loaded["apply_s"],
+            "status": "ok", "reason": None, "seconds": time.time() - start, "apply_s": worker.calibrated_s or loaded["apply_s"],
             "tpot_ms": tpot_ms, "peak_memory_mb": memory["peak_memory_mb"], "loss_ci": interval,
             "loss": quality["delta_nll"], "loss_low": interval[0] if interval else quality["delta_nll"],
             "streamed_mb": loaded["streamed_bytes"] / 1e6, "kv_mb": memory["kv_cache_mb"], "weights_mb": loaded["weights_mb"],
@@ -240,9 +247,15 @@ class Finder:
         return every
 
     def _seconds_again(self, stack: Stack) -> float:
-        """Seconds of rounding that must be spent anew: what was kept on disk was found on weights that nobody had pruned."""
+        """Seconds of rounding that must be spent anew: what was kept on disk was found on weights that nobody had pruned.
+
+        Of int4 whatever the width: the first width measured alone was rounded for all of them."""
         heads, width, weights, _ = stack.choices
-        return (self.state["alone"][weights]["apply_s"] or 0) if weights and (heads or width) else 0
+        if not weights or not (heads or width):
+            return 0
+        kind = weights.partition("-")[0]
+        alike = [alone for name, alone in self.state["alone"].items() if name.partition("-")[0] == kind]
+        return max(alone.get("apply_s") or 0 for alone in alike)
 
 
 def calibration_windows(tokenizer, positions: int) -> torch.Tensor:
@@ -254,7 +267,8 @@ def calibration_windows(tokenizer, positions: int) -> torch.Tensor:
 
 def command(steps: Steps) -> str:
     """What to type to measure exactly this stack: the flags of this run without the search's, and the stack."""
-    flags = without_flags([flag for flag in sys.argv[1:] if flag != "--find"], *FLAGS, "--dtype")  # the stack spells it
+    flags = [flag for flag in sys.argv[1:] if flag not in ("--find", "--no-resume")]
+    flags = without_flags(flags, *FLAGS, "--dtype")  # the stack spells it
     if not steps:
         return shlex.join(["python", "baseline.py", *flags])
     return shlex.join(["python", "run_optimization.py", *flags, "--stack", stacks.spell(steps)])

@@ -64,12 +64,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted: nothing was written", markup=False)
         return 130
+    code = 0
     content = describe(args, ids) | {"group_size": GROUP_SIZE} | by_kind(costs, len(model.model.layers)) | {"heads": heads}
-    records.save_json(Path(args.results_dir) / RESULTS, content)
+    try:
+        records.save_json(Path(args.results_dir) / RESULTS, content)
+        charts.draw_all_own(args.results_dir)
+    except OSError as error:
+        console.print(f"not written: {error}", markup=False)
+        code = 1
     for name, cost in sorted(costs.items(), key=lambda pair: -pair[1])[:5]:
         print(f"{name.removeprefix('model.')}: {cost:.5f} nats per token")
-    charts.draw_all_own(args.results_dir)
-    return 0
+    return code
 
 
 def rounding_costs(model, ids) -> dict[str, float]:

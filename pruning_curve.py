@@ -62,9 +62,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("interrupted: finished points are kept", markup=False)
         code = 130
+    except OSError as error:
+        console.print(f"stopped, finished points are kept: {error}", markup=False)
+        code = 1
     for record in curve.records.values():
         print(point_line(record, curve.records.get(BASELINE)))
-    charts.draw_all_own(args.results_dir)
+    try:
+        charts.draw_all_own(args.results_dir)
+    except OSError as error:
+        console.print(f"no charts: {error}", markup=False)
+        code = code or 1
     held.release()
     return code or (1 if curve.statuses & {"failed", "oom"} else 0)
 

@@ -198,8 +198,8 @@ def front(rows: list, quantities) -> list:
     return [row for place, row in enumerate(rows) if not beaten(place)]
 
 
-def worth_measuring(stacks: list[Stack], limits: Limits, count: int = 4) -> list[Stack]:
-    """Up to `count` stacks to measure: the fastest that should keep the limits, at most two with the same weights, and last a
+def worth_measuring(stacks: list[Stack], limits: Limits) -> list[Stack]:
+    """Up to four stacks to measure: the fastest that should keep the limits, at most two with the same weights, and last a
     safe one, the fastest of those that should lose half of what may be lost. Where none should keep them, the two nearest.
     """
 
@@ -209,12 +209,12 @@ def worth_measuring(stacks: list[Stack], limits: Limits, count: int = 4) -> list
 
     keeping = sorted((stack for stack in stacks if not missed(stack)), key=lambda stack: -stack.speedup)
     if not keeping:
-        return sorted(stacks, key=lambda stack: (missed(stack), -stack.speedup))[: min(2, count)]
+        return sorted(stacks, key=lambda stack: (missed(stack), -stack.speedup))[:2]
     weights = list(AXES).index("weights")
     picked: list[Stack] = []
     for stack in keeping:
         alike = sum(stack.choices[weights] == other.choices[weights] for other in picked)
-        if alike < 2 and len(picked) < count - 1:
+        if alike < 2 and len(picked) < 3:
             picked.append(stack)
     safe = [stack for stack in keeping if -math.log(stack.retention) <= limits.allowed_loss / 2 and stack not in picked]
     return [*picked, *safe[:1]]

@@ -60,9 +60,10 @@ def load_text(part: str = "evaluation", *, text_file: str | None = None) -> Text
 
 
 def calibration_texts() -> list[Text]:
-    """All that techniques may learn from: encyclopaedia, news and newsgroups where they are carried, this Python's reference.
+    """All that techniques may learn from, four kinds: the carried encyclopaedia, news and newsgroups, this Python's reference.
 
-    Where wikitext is at hand it is the encyclopaedia: other articles might be those that its evaluation part has.
+    Where wikitext is at hand, its training part stands for the first three: Wikipedia's articles might be those that its
+    evaluation part has, and a real encyclopaedia's worth of text needs no carriers.
     """
     wikitext = _wikitext("calibration")
     english = [wikitext] if wikitext is not None else [_lee_news("calibration"), _wikipedia(), _newsgroups()]

@@ -78,6 +78,7 @@ class WorkerProcess:
 
     def __init__(self, job: Job):
         self._job, self._deadline = job, job.deadline
+        self.calibrated_s: float | None = None  # what applying took in a process that calibrated
         self._start()
 
     def _start(self) -> None:
@@ -96,6 +97,7 @@ class WorkerProcess:
         loaded = self.call("load")
         if not loaded.pop("calibrated"):
             return loaded
+        self.calibrated_s = loaded["apply_s"]
         self.close()
         self._start()
         again = self.call("load")

@@ -32,7 +32,8 @@ def cached_allocation(model, windows: torch.Tensor, rankings: list[Ranking], tot
     possible = sum(len(ranking.costs) for ranking in rankings)
     if total > possible:
         raise ValueError(f"{total} removals asked for, {possible} are possible")
-    options = {"part": part, "group": group, "total": total, "probes": PROBES, "moves": MOVES}
+    orders = [ranking.order for ranking in rankings]
+    options = {"part": part, "group": group, "total": total, "orders": orders, "probes": PROBES, "moves": MOVES}
     cache = CalibrationCache.of(model, windows, code=(*RANKING_CODE, "allocation.py"), **options)
     taken = cache.json("taken") or [0] * len(rankings)
     if sum(taken) < total:

@@ -104,7 +104,7 @@ def round_blockwise(
                     forms[f"model.layers.{index}.{name}"] = form
                     block.set_submodule(name, RoundedLinear(originals[name], dequantize_int4(*form, group_size), group_size))
             for window in range(len(hidden)):
-                hidden[window : window + 1] = _first(block(hidden[window : window + 1], **arguments))
+                hidden[window : window + 1] = block(hidden[window : window + 1], **arguments)
         finally:
             for name, original in originals.items():
                 block.set_submodule(name, original)
@@ -178,7 +178,7 @@ def _pass_exactly(block, originals: dict, exact: torch.Tensor, arguments: dict) 
         for name in seen
     ]
     for window in range(len(exact)):
-        exact[window : window + 1] = _first(block(exact[window : window + 1], **arguments))
+        exact[window : window + 1] = block(exact[window : window + 1], **arguments)
     for handle in handles:
         handle.remove()
     for name, original in originals.items():
@@ -200,7 +200,3 @@ def _round_together(weight: torch.Tensor, originals: dict, moments, group_size: 
     parts = zip(*(part.split(rows) for part in form), strict=True)
     for name, part in zip(names, parts, strict=True):
         yield name, tuple(tensor.contiguous() for tensor in part)
-
-
-def _first(output) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output

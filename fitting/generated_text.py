@@ -20,7 +20,7 @@ WINDOWS = 32  # written side by side: a minute or two for SmolLM2 on two cores
 def generated_windows(model, start: int, *, window: int) -> torch.Tensor:
     """`WINDOWS` windows of the model's own words, int64 [WINDOWS, window], kept on disk.
 
-    `start` is the token that texts begin with. The techniques of a stack share what the model wrote before the first of them.
+    `start` is the token that texts begin with. The techniques of a stack share what the model wrote when the first asked.
     """
     kept = getattr(model, "generated_windows", None)
     if kept is None or kept.shape[1] != window:
@@ -35,9 +35,9 @@ def generated_windows(model, start: int, *, window: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def write(model, beginnings: torch.Tensor, *, window: int, seed: int = 0) -> torch.Tensor:
+def write(model, beginnings: torch.Tensor, *, window: int) -> torch.Tensor:
     """`beginnings` int64 [W, T] continued to `window` tokens, each drawn from the model's own distribution (temperature 1)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     ids, cache, fresh = beginnings, DynamicCache(), beginnings
     while ids.shape[1] < window:
         logits = model(fresh, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()

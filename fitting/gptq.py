@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from kernels.int4 import LEVELS, Form, dequantize_int4, quantize_int4, round_to_levels
 
 RIDGE = 1e-4  # of a diagonal element: holds the least-squares grid to the old one where the codes leave it open
+REFIT_BYTES = 1 << 27  # of the equations of so many outputs at a time: a large lm_head would take gigabytes at once
 
 
 def gptq(
@@ -141,6 +142,13 @@ def refit_grid(
     For each output, W' is linear in its 2 G unknowns: W' = B u with B = [codes of group g | ones of group g], so that
     (B^T H B) u = B^T H w. A group whose scale would turn negative keeps a scale of 0.
     """
+    rows = max(1, REFIT_BYTES // (8 * (2 * scale.shape[1]) ** 2))
+    parts = zip(*(part.split(rows) for part in (weight.detach(), codes, scale, minimum)), strict=True)
+    refitted = [_refit_rows(*part, moments, group_size) for part in parts]
+    return tuple(torch.cat(part) for part in zip(*refitted, strict=True))
+
+
+def _refit_rows(weight, codes, scale, minimum, moments: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     (n, k), groups = weight.shape, scale.shape[1]
     missing = groups * group_size - k
     levels = F.pad(codes.float(), (0, missing))
@@ -157,7 +165,7 @@ def refit_grid(
         normal[:, group, :groups] = per_group(by_codes * levels)
         normal[:, group, groups:] = normal[:, groups:, group] = per_group(by_codes * ones)
         normal[:, groups + group, groups:] = per_group(ones[inputs] @ moments[inputs] * ones)
-    left = F.pad(weight.detach().float() - dequantize_int4(codes, scale, minimum, group_size), (0, missing)) @ moments
+    left = F.pad(weight.float() - dequantize_int4(codes, scale, minimum, group_size), (0, missing)) @ moments
     right = torch.cat([per_group(left * levels), per_group(left * ones)], 1).double()
     normal = normal.double()
     diagonal = normal.diagonal(dim1=1, dim2=2)

@@ -1,6 +1,7 @@
 """Short recovery: the pruned model learns the dense model's answers on calibration text, for a few minutes.
 
-The dense model's most likely tokens and a few of the others are kept before it is pruned, so no second model is held. Low-rank
+The dense model's most likely tokens and a few of the others are kept, on disk too, before it is pruned, so no second model is
+held, and a result that is on disk is used without running it. Low-rank
 updates (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685; for pruned models: Ma et al. 2023, LLM-Pruner) of every
 projection are trained with AdamW on the KL divergence and then added into the weights: shapes, bytes and speed stay what
 pruning made them. Where the device multiplies bfloat16 in hardware, products run in it, on copies of the frozen weights: twice
@@ -49,15 +50,25 @@ class Teacher:
     def __init__(self, model, windows: torch.Tensor):
         if len(windows) < 2:
             raise ValueError("the calibration text fills one window; training needs two")
-        self.windows, self._answers = windows.clone(), []
-        generator = torch.Generator().manual_seed(0)
+        cache = CalibrationCache.of(model, windows, code=("divergence.py", "healing.py"))
+        kept = cache.tensors("answers", model.device)
+        if kept is None:
+            kept = self._ask(model, windows)
+            cache.save_tensors("answers", kept)
+        self.windows, self._answers = windows.clone(), list(zip(kept["tokens"], kept["logs"], kept["shares"], strict=True))
+
+    @staticmethod
+    def _ask(model, windows: torch.Tensor) -> dict[str, torch.Tensor]:
+        answers, generator = [], torch.Generator().manual_seed(0)
         for done, window in enumerate(windows):
             with fast_products(model.device):
                 hidden = model.model(window[None], use_cache=False).last_hidden_state[0]
             logits = model.lm_head(hidden.float())  # in float32: rounded ones alone would be 0.001 nats
             tokens, shares = asked_tokens(logits, generator, likeliest=KEPT_TOKENS, drawn=DRAWN_TOKENS)
-            self._answers.append((tokens.to(torch.int32), logits.log_softmax(-1).gather(1, tokens), shares))
+            answers.append((tokens.to(torch.int32), logits.log_softmax(-1).gather(1, tokens), shares))
             show_progress("dense answers", done + 1, len(windows))
+        tokens, logs, shares = (torch.stack(part) for part in zip(*answers, strict=True))
+        return {"tokens": tokens, "logs": logs, "shares": shares}
 
     def divergence(self, model, index: int) -> torch.Tensor:
         """KL(dense || model) on one window, nats per token, differentiable.
@@ -94,12 +105,12 @@ def held_out_and_trained(count: int, most: int) -> tuple[range, range]:
 class LowRank(nn.Module):
     """A frozen linear layer plus B A x; B starts at zero, so that nothing changes before the first step."""
 
-    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator):
+    def __init__(self, linear: nn.Linear, generator: torch.Generator):
         super().__init__()
         self.linear = linear
         half = has_half_arithmetic(linear.weight.device, torch.bfloat16)[0]
         self.frozen = linear.weight.detach().bfloat16() if half else linear.weight.detach()
-        rank = min(rank, *linear.weight.shape)
+        rank = min(RANK, *linear.weight.shape)
         down = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5
         self.a = nn.Parameter(down.to(linear.weight.device))
         self.b = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
@@ -114,21 +125,21 @@ class LowRank(nn.Module):
         return self.linear
 
 
-def heal(model, teacher: Teacher, *, minutes: float, seed: int = 0, clock=time.monotonic) -> str:
+def heal(model, teacher: Teacher, *, minutes: float) -> str:
     """Train for at most `minutes`, in place; returns the sentence for the model's notes.
 
-    The seed fixes the order of windows and the start; how many steps fit is the machine's. What was learnt is kept on disk, and
-    taken from there for the same pruned weights, windows and minutes.
+    The order of windows and the start are always the same; how many steps fit is the machine's. What was learnt is kept on
+    disk, and taken from there for the same pruned weights, windows and minutes.
     """
-    cache = CalibrationCache.of(model, teacher.windows, code=("divergence.py", "healing.py"), minutes=minutes, seed=seed)
-    generator = torch.Generator().manual_seed(seed)
+    cache = CalibrationCache.of(model, teacher.windows, code=("divergence.py", "healing.py"), minutes=minutes)
+    generator = torch.Generator().manual_seed(0)
     names = [name for name, part in model.model.layers.named_modules() if type(part) is nn.Linear]
     for name in names:
-        model.model.layers.set_submodule(name, LowRank(model.model.layers.get_submodule(name), RANK, generator))
+        model.model.layers.set_submodule(name, LowRank(model.model.layers.get_submodule(name), generator))
     updates = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     learnt, note = cache.tensors("healed", model.device), cache.json("healed")
     if learnt is None or note is None:
-        learnt, note = _train(model, teacher, updates, minutes=minutes, generator=generator, clock=clock)
+        learnt, note = _train(model, teacher, updates, minutes=minutes, generator=generator)
         cache.save_tensors("healed", learnt)
         cache.save_json("healed", note)
     with torch.no_grad():
@@ -139,14 +150,14 @@ def heal(model, teacher: Teacher, *, minutes: float, seed: int = 0, clock=time.m
     return note
 
 
-def _train(model, teacher: Teacher, updates: dict, *, minutes: float, generator, clock) -> tuple[dict[str, torch.Tensor], str]:
+def _train(model, teacher: Teacher, updates: dict, *, minutes: float, generator) -> tuple[dict[str, torch.Tensor], str]:
     """The `updates` that did best on held-out windows, by name, and what is to be said of them."""
     held, train = held_out_and_trained(len(teacher.windows), HELD_OUT_MOST)
     optimizer = torch.optim.AdamW(updates.values(), lr=LEARNING_RATE, weight_decay=0.0)
     first = best = teacher.mean_divergence(model, held)
     kept = {name: update.detach().clone() for name, update in updates.items()}
-    start, steps, checks, shown, stale, order = clock(), 0, 0, 0, 0, []
-    while (used := (clock() - start) / (60 * minutes)) < 1 and stale < PATIENCE:
+    start, steps, checks, shown, stale, order = time.monotonic(), 0, 0, 0, 0, []
+    while (used := (time.monotonic() - start) / (60 * minutes)) < 1 and stale < PATIENCE:
         order = order or [train[i] for i in torch.randperm(len(train), generator=generator)]
         for group in optimizer.param_groups:  # up over the first steps, then down to nothing when the time ends
             group["lr"] = LEARNING_RATE * min(1.0, (steps + 1) / 10) * (1 - used)
@@ -156,7 +167,7 @@ def _train(model, teacher: Teacher, updates: dict, *, minutes: float, generator,
         optimizer.step()
         optimizer.zero_grad()
         steps += 1
-        used = (clock() - start) / (60 * minutes)
+        used = (time.monotonic() - start) / (60 * minutes)
         if used * 10 >= shown + 1:
             shown = min(10, int(used * 10))
             show_progress("healing, tenths of the time", shown, 10)
@@ -166,7 +177,7 @@ def _train(model, teacher: Teacher, updates: dict, *, minutes: float, generator,
             stale = 0 if reading < best else stale + 1
             if reading < best:
                 best, kept = reading, {name: update.detach().clone() for name, update in updates.items()}
-    spent = (clock() - start) / 60
+    spent = (time.monotonic() - start) / 60
     apart = f"{first:.4f} -> {best:.4f} nats per token"
     note = f"healed in {steps} steps, {spent:.1f} minutes: KL to the dense model on held-out text about {apart}"
     return kept, note

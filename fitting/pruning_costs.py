@@ -127,7 +127,8 @@ def input_moments(model, windows: torch.Tensor, layers: list) -> list[torch.Tens
 
     def run() -> None:
         for window in moment_windows(windows):
-            model.model(window[None], use_cache=False)
+            with fast_products(model.device):
+                model.model(window[None], use_cache=False)
 
     return calibration.second_moments(run, layers)
 

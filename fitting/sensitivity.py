@@ -36,8 +36,6 @@ def loss_increases(model, ids: torch.Tensor, changes: dict[str, Callable[[], tor
             def collect(gradient):
                 totals[name] += 0.5 * (gradient * moved).sum(-1).square().sum().item()
 
-            if not output.requires_grad:
-                output.requires_grad_(True)
             output.register_hook(collect)
 
         return hook

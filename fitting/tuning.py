@@ -138,8 +138,7 @@ class _FrozenInt8(nn.Module):
 
 
 def tune(
-    model, ids: torch.Tensor, forms: dict[str, Form], *, group_size: int, steps: int, tied: bool, rate: float = LEARNING_RATE,
-    seed: int = 0,
+    model, ids: torch.Tensor, forms: dict[str, Form], *, group_size: int, steps: int, tied: bool
 ) -> tuple[dict[str, Form], dict[str, torch.Tensor]]:  # fmt: skip
     """The forms by layer name and the weights of norms by parameter name after `steps` optimizer steps, a window each.
 
@@ -163,7 +162,7 @@ def tune(
             model.set_submodule(name, tunable or _FrozenInt8(linear, group_size, dtype))
         if tied:
             model.set_input_embeddings(HalfTable(model.lm_head))
-        first, last = _train(model, teacher, list(norms.values()), steps=steps, rate=rate, seed=seed)
+        first, last = _train(model, teacher, list(norms.values()), steps=steps)
         tuned = {name: model.get_submodule(name).form() for name in forms}
         learnt = {name: norm.detach().clone() for name, norm in norms.items()}
     finally:
@@ -177,18 +176,18 @@ def tune(
     return tuned, learnt
 
 
-def _train(model, teacher: Teacher, norms: list, *, steps: int, rate: float, seed: int) -> tuple[float, float]:
+def _train(model, teacher: Teacher, norms: list, *, steps: int) -> tuple[float, float]:
     """Leaves the grids and norms that did best on held-out windows in the model; divergence there before and after."""
     held, train = held_out_and_trained(len(teacher.windows), HELD_OUT_MOST)
     grids = [part for module in model.modules() if isinstance(module, TunableLinear) for part in (module.scale, module.center)]
     learning = [*grids, *(norm.requires_grad_(True) for norm in norms)]
     first = best = teacher.mean_divergence(model, held)
-    rate *= min(1.0, first / WIDE_APART)
+    rate = LEARNING_RATE * min(1.0, first / WIDE_APART)
     # Adam's steps have the size of its rate. Norms differ a hundredfold in theirs: SmolLM2's first layer has weights of 0.02.
     by_size = [{"params": [norm], "lr": rate * float(norm.detach().abs().mean())} for norm in norms]
     optimizer = torch.optim.Adam([{"params": grids}, *by_size], lr=rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 8) * (1 - step / steps))
-    kept, order, generator = [part.detach().clone() for part in learning], [], torch.Generator().manual_seed(seed)
+    kept, order, generator = [part.detach().clone() for part in learning], [], torch.Generator().manual_seed(0)
     for step in range(steps):
         order = order or [train[i] for i in torch.randperm(len(train), generator=generator)]
         with torch.enable_grad():

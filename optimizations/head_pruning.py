@@ -127,16 +127,17 @@ def _remove_calibrated(model, windows: torch.Tensor, prune_ratio: float, mode: s
     count = _calibrated_count(heads, len(attentions), prune_ratio)
     rankings = pruning_costs.cached_rankings(model, windows, part="attention", group=head_dim, at_once=1, steps=heads - 1)
     counts = cached_allocation(model, windows, rankings, count, part="attention", group=head_dim)
+    removed = [ranking.removed(steps) for ranking, steps in zip(rankings, counts, strict=True)]
 
     def cut(index: int) -> dict[str, torch.Tensor]:
-        gone, attention = rankings[index].removed(counts[index]), attentions[index]
+        gone, attention = removed[index], attentions[index]
         kept = [head for head in range(heads) if head not in gone]
         if gone:
             _take_away(model, attention, kept, mode)
         masked = mode == "mask" and gone
         return {"attention": _head_rows(torch.tensor(kept, device=model.device), head_dim)} if masked else {}
 
-    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, heads=counts))
+    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, heads=removed))
     return count
 
 
@@ -177,7 +178,9 @@ def heads_to_keep(importance: torch.Tensor, *, kv_heads: int, prune_ratio: float
         return sorted((ranked + torch.arange(kv_heads)[:, None] * group).flatten().tolist())
     remove = round(prune_ratio * heads)
     if remove == 0:
-        raise ValueError(f"--prune-ratio {prune_ratio}: rounds to no head at all of {heads}; choose {0.5 / heads:.3f} or more")
+        raise ValueError(
+            f"--prune-ratio {prune_ratio}: rounds to no head at all of {heads}; choose more than {0.5 / heads:.4f}"
+        )
     if remove == heads:
         raise ValueError(f"--prune-ratio {prune_ratio}: leaves no head of {heads}; choose less than {1 - 0.5 / heads:.3f}")
     return sorted(importance.argsort(descending=True)[: heads - remove].tolist())
@@ -241,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
 
     parser = cli.build_parser(__doc__)
     parser.add_argument("--prune-ratio", type=ratio, default=apply.__kwdefaults__["prune_ratio"],
-        help="share of each layer's query heads to remove (default: %(default)s)")  # fmt: skip
+        help="share of the query heads to remove, of each layer or, calibrated, of all (default: %(default)s)")  # fmt: skip
     parser.add_argument("--mode", choices=["structural", "mask"], default=apply.__kwdefaults__["mode"],
         help="structural: rows and columns are gone; mask: the original's zeroing (default: %(default)s)")  # fmt: skip
     parser.add_argument("--method", choices=METHODS, default=apply.__kwdefaults__["method"],

@@ -1,4 +1,4 @@
-"""Int4: every linear layer's weights as 4-bit codes in groups of 64, an eighth of the bytes of float32.
+"""Int4: every linear layer's weights as 4-bit codes in groups of 64, a seventh of the bytes of float32.
 
 Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in bfloat16 for each group of consecutive inputs:
         4.5 bits a weight in groups of 64. Inputs are int8 per token and group, so the products stay integers. Rounding each
@@ -7,9 +7,9 @@ Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in 
         calibration text; then grid and codes are improved in turn. Blocks are visited in order, and each layer is rounded for
         the inputs that the rounded layers before it give; with `--correction` its weights first move towards those giving the
         float model's outputs on these inputs. At last scales, minimums and norms learn the float model's answers for
-        `--tune-steps` steps; codes stay. The model writes a quarter of the calibration text, the rest is of four kinds, which
-        keeps what is learnt from holding for news alone. The result is cached in ~/.cache/tinyllama-optimization; where it is
-        found there, layers are taken from it block by block, and the float model is never in memory.
+        `--tune-steps` steps; codes stay. The model writes a quarter of the calibration text, the rest is of up to four
+        kinds: what is learnt shall not hold for news alone. The result is cached in ~/.cache/tinyllama-optimization; where it
+        is found there, layers are taken from it block by block, and the float model is never in memory.
 Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss most per bit int8 instead, as far as
         `--max-bits` allows: 4.6 is int4 with a few exceptions, 6 a mixture. q, k and v count as one layer, and so do gate
         and up: lean decode multiplies them as one. `none`, or names, choose by hand.
@@ -265,8 +265,12 @@ def main(argv: list[str] | None = None) -> int:
         help="layers that get int8, by kind (down_proj) or place (layers.3.mlp.down_proj) (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max-bits", type=float, default=defaults["max_bits"],
         help="effective bits a weight up to which auto chooses (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--damping", type=float, default=defaults["damping"],
-        help="GPTQ: share of the mean second moment that is added to each (default: %(default)s)")  # fmt: skip
+    parser.add_argument(
+        "--damping",
+        type=float,
+        default=defaults["damping"],
+        help="GPTQ: share of the mean second moment that is added to each, 0.05 for a tied lm_head (default: %(default)s)",
+    )
     parser.add_argument("--correction", type=float, default=defaults["correction"],
         help="GPTQ: share of the earlier layers' errors that each layer makes good (default: %(default)s)")  # fmt: skip
     parser.add_argument("--calibration-tokens", type=int, default=defaults["calibration_tokens"], help="default: %(default)s")

@@ -6,7 +6,7 @@ Idea    A cached key or value row of 64 numbers becomes 64 int8 values and one f
 Helps   Memory, in proportion to tokens x batch: the cache of TinyLlama is 46 MB in bf16 at 2048 tokens and batch 1, but
         1.5 GB at batch 32.
 Loses   Decode speed, a little: one layer at a time is expanded to floating point for its attention. At batch 1 there
-        is almost nothing to win it back from: the cache is 2 % of what is read per token (design: memory first).
+        is almost nothing to win it back from: the cache is 2 % of what is read per token.
 Papers  Sheng et al. 2023, FlexGen (4-bit KV cache): https://arxiv.org/abs/2303.06865
         Liu et al. 2024, KIVI (why keys and values quantise differently): https://arxiv.org/abs/2402.02750
 Writes  kv_cache_int8_results.json beside the baseline's, and charts, in the results folder.

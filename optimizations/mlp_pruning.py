@@ -58,14 +58,14 @@ def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0, calibra
     steps = int(MOST * width) // PANEL
     rankings = pruning_costs.cached_rankings(model, windows, part="mlp", group=1, at_once=PANEL, steps=steps)
     counts = cached_allocation(model, windows, rankings, panels, part="mlp", group=1)
+    removed = [ranking.removed(steps) for ranking, steps in zip(rankings, counts, strict=True)]
 
     def cut(index: int) -> dict[str, torch.Tensor]:
-        gone = set(rankings[index].removed(counts[index]))
-        if gone:
+        if gone := set(removed[index]):
             keep_channels(mlps[index], torch.tensor([channel for channel in range(width) if channel not in gone]))
         return {}
 
-    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, panels=counts))
+    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, channels=removed))
     left = [mlp.down_proj.in_features for mlp in mlps]
     share = 1 - sum(left) / (width * len(mlps))
     how = f"asked for {prune_ratio:.1%}, calibrated on {calibration_text} text"

@@ -42,6 +42,7 @@ def asked(monkeypatch):
     class Worker:
         def __init__(self, job):
             self.name = NAMES[json.dumps(job.steps)]
+            self.calibrated_s = {"int4-7bit": 300.0, "int4-6bit": 15.0}.get(self.name)
             started.names.append(self.name)
             assert self.name == "baseline" or job.deadline > time.time()
 
@@ -63,7 +64,7 @@ def asked(monkeypatch):
                 find.Path(arguments["reference_file"]).touch()
             quality = {"delta_nll": loss, "delta_nll_ci": [loss - 0.0005, loss + 0.0005]}
             return {
-                "load": {"streamed_bytes": streamed * 1e6, "weights_mb": streamed, "apply_s": 1.0},
+                "load": {"streamed_bytes": streamed * 1e6, "weights_mb": streamed, "apply_s": 2.0},
                 "memory": {"kv_cache_mb": 2.0, "peak_memory_mb": streamed + 40.0},
                 "block": {"tpot_ms": tpot_ms}, "score_baseline": quality, "score_variant": quality,
             }[command]  # fmt: skip
@@ -107,6 +108,23 @@ def test_choices_are_measured_once_and_the_best_stacks_picked(asked, searching, 
     assert best["speedup"] == pytest.approx(5) and best["retention"] == pytest.approx(0.9802, abs=1e-4)
     assert measurement.deadline - finder.started == pytest.approx(find.MINUTES * 60) and set(measurement.titles) == set(picked)
     assert picked["int4-7bit+lean"] == [("int4", {"max_bits": 7.0, "tune_steps": 0} | find.BRIEFLY), ("lean_decode", {})]
+
+
+def test_rounding_again_is_what_rounding_took_the_first_time(asked, searching):
+    """Not what reading it from the cache took; and the first width was rounded for all of them."""
+    finder, _, _ = searching(0.9)
+    seconds = {name: finder._seconds_again(SimpleNamespace(choices=choices)) for name, choices in {
+        "whole": (None, None, "int4-6bit", None), "pruned": (None, "width10", "int4-6bit", None),
+        "int8": ("heads10", None, "int8", None), "half": (None, None, None, None),
+    }.items()}  # fmt: skip
+    assert seconds == {"whole": 0, "pruned": 300, "int8": 2, "half": 0}
+
+
+def test_a_choice_that_fails_is_named(asked, searching, capsys):
+    asked.fail = {"heads25": RecipeError("failed", "a bug in it")}
+    finder, _, _ = searching()
+    finder.conclude()
+    assert "heads25 (a bug in it)" in capsys.readouterr().out and list(finder.failures()) == ["heads25"]
 
 
 def test_what_would_hardly_be_seen_is_not_tried(asked, searching):

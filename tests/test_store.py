@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import tomllib
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -92,6 +94,24 @@ def test_the_same_recipe_with_other_options_moves_the_finished_one(tmp_path):
 def test_failed_recipes_are_measured_again(tmp_path):
     opened(tmp_path).save(a_record(status="failed", reason="a reason"))
     assert not opened(tmp_path).finished("head_pruning", STEPS)
+
+
+def test_an_edit_of_what_measures_is_other_code(tmp_path, monkeypatch):
+    """Every package that a recipe runs through, C++ included; what only reads results is none of it."""
+    monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
+    settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packages = set(settings["packages"]) - {"peers"}
+    files = ["records.py", "kernels/linear.cpp", "kernels/rows.h", *(f"{package}/some.py" for package in packages)]
+    for file in [*files, "report.py"]:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("before")
+    for file in files:
+        before = records._code_sha256.__wrapped__()
+        (tmp_path / file).write_text("after")
+        assert records._code_sha256.__wrapped__() != before, file
+    before = records._code_sha256.__wrapped__()
+    (tmp_path / "report.py").write_text("after")
+    assert records._code_sha256.__wrapped__() == before
 
 
 @pytest.mark.parametrize("changes", [{"identity": {"model": "another"}}, {"resume": False}])

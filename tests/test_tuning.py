@@ -66,7 +66,8 @@ def test_the_divergence_falls_and_the_model_is_handed_back(tied, monkeypatch):
     forms = round_blockwise(model, WINDOWS[:8], group_size=GROUP, damping=0.01, tied=tied)
     del forms["model.layers.1.mlp.up_proj"]  # it gets int8
     modules, before = dict(model.named_modules()), {name: part.clone() for name, part in model.named_parameters()}
-    tuned, norms = tune(model, WINDOWS, forms, group_size=GROUP, steps=30, tied=tied, rate=2 * tuning.LEARNING_RATE)
+    monkeypatch.setattr(tuning, "LEARNING_RATE", 2 * tuning.LEARNING_RATE)
+    tuned, norms = tune(model, WINDOWS, forms, group_size=GROUP, steps=30, tied=tied)
     assert dict(model.named_modules()) == modules and not any(part.requires_grad for part in model.parameters())
     assert all(torch.equal(before[name], part) for name, part in model.named_parameters())
     assert len(norms) == 7 and tuned.keys() == forms.keys()
@@ -102,5 +103,5 @@ def test_a_model_with_less_to_gain_learns_slower(monkeypatch):
     monkeypatch.setattr(torch.optim, "Adam", watched)
     for apart in (9.0, tuning.WIDE_APART / 3):
         monkeypatch.setattr(Teacher, "mean_divergence", lambda *_, apart=apart: apart)
-        tune(model, WINDOWS[:4], forms, group_size=GROUP, steps=1, tied=False, rate=0.3)
-    assert rates == pytest.approx([0.3, 0.1])
+        tune(model, WINDOWS[:4], forms, group_size=GROUP, steps=1, tied=False)
+    assert rates == pytest.approx([tuning.LEARNING_RATE, tuning.LEARNING_RATE / 3])

@@ -59,6 +59,7 @@ def test_a_process_that_calibrated_is_replaced_by_one_that_reads_the_result(sour
         monkeypatch.setattr(worker, "call", lambda command: next(answers))
         loaded = worker.load()
         assert worker.pid != first and worker.alive and loaded["apply_s"] == 2.0 and "calibrated" not in loaded
+        assert worker.calibrated_s == 60.0
         assert loaded["notes"][0] == "int4" and "in a process of its own (60 s, peak 900 MB)" in loaded["notes"][1]
 
 
