@@ -14,13 +14,13 @@ class Parser(argparse.ArgumentParser):
     without the usage before it."""
 
     def __init__(self, docstring: str):
-        super().__init__(description=docstring, formatter_class=Formatter)
+        super().__init__(description=docstring, formatter_class=_Formatter)
 
     def error(self, message: str):
         fail(self, ValueError(f"{message.removeprefix('argument ')} (--help lists all flags)"))
 
 
-class Formatter(argparse.RawDescriptionHelpFormatter):
+class _Formatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog):
         super().__init__(prog, max_help_position=28, width=110)
 

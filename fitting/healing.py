@@ -1,11 +1,11 @@
 """Short recovery: the pruned model learns the dense model's answers on calibration text, for a few minutes.
 
-The dense model's most likely tokens and a few of the others are kept, on disk too, before it is pruned, so no second model is
-held, and a result that is on disk is used without running it. Low-rank
-updates (LoRA, Hu et al. 2021, https://arxiv.org/abs/2106.09685; for pruned models: Ma et al. 2023, LLM-Pruner) of every
-projection are trained with AdamW on the KL divergence and then added into the weights: shapes, bytes and speed stay what
-pruning made them. Where the device multiplies bfloat16 in hardware, products run in it, on copies of the frozen weights: twice
-the steps in the same time. A few calibration windows are never trained on; the updates that did best there are the ones kept.
+The dense model's most likely tokens and a few of the others are kept, on disk too, before it is pruned: no second model is
+held, and who finds a result on disk does not run it. Low-rank updates (LoRA, Hu et al. 2021,
+https://arxiv.org/abs/2106.09685; for pruned models: Ma et al. 2023, LLM-Pruner) of every projection are trained with AdamW on
+the KL divergence and then added into the weights: shapes, bytes and speed stay what pruning made them. Where the device
+multiplies bfloat16 in hardware, products run in it, on copies of the frozen weights: twice the steps in the same time. A few
+calibration windows are never trained on; the updates that did best there are the ones kept.
 """
 
 from __future__ import annotations

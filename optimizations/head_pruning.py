@@ -178,11 +178,9 @@ def heads_to_keep(importance: torch.Tensor, *, kv_heads: int, prune_ratio: float
         return sorted((ranked + torch.arange(kv_heads)[:, None] * group).flatten().tolist())
     remove = round(prune_ratio * heads)
     if remove == 0:
-        raise ValueError(
-            f"--prune-ratio {prune_ratio}: rounds to no head at all of {heads}; choose more than {0.5 / heads:.4f}"
-        )
+        raise ValueError(f"--prune-ratio {prune_ratio}: rounds to no head at all of {heads}; choose more than {0.5 / heads:g}")
     if remove == heads:
-        raise ValueError(f"--prune-ratio {prune_ratio}: leaves no head of {heads}; choose less than {1 - 0.5 / heads:.3f}")
+        raise ValueError(f"--prune-ratio {prune_ratio}: leaves no head of {heads}; choose less than {1 - 0.5 / heads:g}")
     return sorted(importance.argsort(descending=True)[: heads - remove].tolist())
 
 

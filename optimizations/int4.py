@@ -265,12 +265,8 @@ def main(argv: list[str] | None = None) -> int:
         help="layers that get int8, by kind (down_proj) or place (layers.3.mlp.down_proj) (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max-bits", type=float, default=defaults["max_bits"],
         help="effective bits a weight up to which auto chooses (default: %(default)s)")  # fmt: skip
-    parser.add_argument(
-        "--damping",
-        type=float,
-        default=defaults["damping"],
-        help="GPTQ: share of the mean second moment that is added to each, 0.05 for a tied lm_head (default: %(default)s)",
-    )
+    parser.add_argument("--damping", type=float, default=defaults["damping"],
+        help="GPTQ: share of the mean second moment added to each, 0.05 for a tied lm_head (default: %(default)s)")  # fmt: skip
     parser.add_argument("--correction", type=float, default=defaults["correction"],
         help="GPTQ: share of the earlier layers' errors that each layer makes good (default: %(default)s)")  # fmt: skip
     parser.add_argument("--calibration-tokens", type=int, default=defaults["calibration_tokens"], help="default: %(default)s")

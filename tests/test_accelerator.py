@@ -22,6 +22,7 @@ STACKS = [
     "quantization:scheme=dynamic,smoothing=0,granularity=tensor",
     "quantization:scheme=weight-only",
     "int4:rounding=nearest",
+    "int4:tune_steps=8",
     "kv_cache_quant",
     "head_pruning",
     "head_pruning:mode=mask",
