@@ -21,13 +21,13 @@ def depth_speed(consolidated, records):
     axes.axhline(1, color="black", linestyle="--", label="baseline")
     for place, record in enumerate(records):
         points = [(depth, *speed) for depth, speed in sorted(lines[id(record)].items()) if speed[0] is not None]
-        _line(axes, place, [point[:2] for point in points], label(record))
+        _line(axes, place, [point[:2] for point in points], _with_cache_dtype(record))
         for depth, _, ends in points:
             if ends:
                 axes.plot([depth, depth], ends, color=COLOURS[place % len(COLOURS)], linewidth=2)
     axes.set_ylabel("decode speed-up over the baseline (higher is better)")
     axes.set_ylim(bottom=0)
-    notes = ["Vertical lines are intervals; a point without one has too few pairs."]
+    notes = ["Vertical lines are intervals (99 %); a point without one has too few pairs."]
     for record in filter(_has_cache_technique, records):
         ours = _intervals(lines[id(record)])
         name, theirs = "the baseline", dict.fromkeys(ours, (1.0, 1.0))
@@ -36,14 +36,9 @@ def depth_speed(consolidated, records):
         notes.append(
             _crossover(label(record), name, {depth: (theirs[depth], ours[depth]) for depth in ours if depth in theirs})
         )
-    return finish(
-        axes,
-        consolidated,
-        [*records, baseline_of(consolidated)],
-        "Decode speed-up by context depth",
-        "tokens before the prompt",
-        notes,
-    )
+    drawn = [*records, baseline_of(consolidated)]
+    title, xlabel = "Decode speed-up by context depth", "tokens before the prompt"
+    return finish(axes, _without(consolidated, "depth"), drawn, title, xlabel, notes)
 
 
 def cache_memory(consolidated, records):
@@ -54,14 +49,18 @@ def cache_memory(consolidated, records):
     axes = new_axes(4)[0]
     prompt = sum(number(consolidated.get("workload"), key) or 0 for key in ("prompt_tokens", "new_tokens"))
 
+    main = {key: number(consolidated.get("workload"), key) or least for key, least in (("depth", 0), ("batch_size", 1))}
+    main |= {"baseline_kv_cache_mb": number(baseline_of(consolidated), "kv_cache_mb")}
+
     def cache(record, key="kv_cache_mb"):
-        return tuple(sorted(((p["depth"] + prompt) * p["batch_size"], p[key]) for p in record["axes"]))
+        points = [*record["axes"], main | {"kv_cache_mb": number(record, "kv_cache_mb")}]
+        return tuple(sorted(((p["depth"] + prompt) * p["batch_size"], p[key]) for p in points if p[key] is not None))
 
     reference = cache(max(chosen, key=lambda r: len(r["axes"])), "baseline_kv_cache_mb")
     axes.plot(*zip(*reference, strict=True), "k--", marker=".", label="baseline")
     names = {}  # of recipes whose caches are the same: lines on top of each other could not be told apart
     for record in chosen:
-        names.setdefault(cache(record), []).append(label(record))
+        names.setdefault(cache(record), []).append(_with_cache_dtype(record))
     for place, (points, labels) in enumerate(names.items()):
         _line(axes, place, points, "; ".join(labels))
     axes.set_ylabel("KV cache in MB (lower is better)")
@@ -77,7 +76,20 @@ def cache_memory(consolidated, records):
     same = [label(r) for r in measured if r not in chosen]
     notes += [f"The same cache as the baseline: {', '.join(same)}."] if same else []
     drawn = [*measured, baseline_of(consolidated)]
-    return finish(axes, consolidated, drawn, title, "(depth + prompt + new tokens) x batch size", notes)
+    varied = _without(consolidated, "depth", "batch_size")
+    return finish(axes, varied, drawn, title, "(depth + prompt + new tokens) x batch size", notes)
+
+
+def _without(consolidated, *varied):
+    """The same, its workload without what the chart itself varies: the lines above a chart say what all its points share."""
+    kept = {key: value for key, value in (consolidated.get("workload") or {}).items() if key not in varied}
+    return consolidated | {"workload": kept}
+
+
+def _with_cache_dtype(record):
+    """The recipe's name, and what the lean pass keeps keys and values in where no other step decides it."""
+    kept = [step["options"].get("kv_dtype") for step in record.get("steps") or [] if step["technique"] == "lean_decode"]
+    return label(record) + (f" ({kept[0]} cache)" if any(kept) and not _has_cache_technique(record) else "")
 
 
 def _has_cache_technique(record):
@@ -109,8 +121,15 @@ def _crossover(name, rival, speedups):
 
     `speedups` depth -> (the rival's interval, its own).
     """
-    if any(None in ends for ends in speedups.values()):
+    unknown = sorted(depth for depth, ends in speedups.items() if None in ends)
+    speedups = {depth: ends for depth, ends in speedups.items() if None not in ends}
+    if not speedups:
         return f"{name}: too few pairs to tell its speed from that of {rival}."
+    others = f" Too few pairs to tell at {', '.join(map(str, unknown))}." if unknown else ""
+    if len(speedups) == 1:
+        ((depth, (theirs, ours)),) = speedups.items()
+        word = "faster than" if ours[0] > theirs[1] else "slower than" if ours[1] < theirs[0] else "not told apart from"
+        return f"{name}: {word} {rival} at a depth of {depth}.{others}"
     deepest = max(speedups)
     for word, holds in (
         ("faster than", lambda theirs, ours: ours[0] > theirs[1]),
@@ -122,5 +141,5 @@ def _crossover(name, rival, speedups):
                 break
             depths.append(depth)
         if depths:
-            return f"{name}: {word} {rival} from a depth of {depths[-1]} on (measured up to {deepest})."
-    return f"{name}: no crossover up to a depth of {deepest}: slower than {rival} there."
+            return f"{name}: {word} {rival} from a depth of {depths[-1]} on (measured up to {deepest}).{others}"
+    return f"{name}: no crossover up to a depth of {deepest}: slower than {rival} there.{others}"

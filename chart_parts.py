@@ -12,6 +12,7 @@ from matplotlib.transforms import Bbox
 
 from readings import describe, label, noise_floor
 
+NEAR = 70  # pixels between a point and its name that nobody has to follow with a finger
 # Okabe and Ito's palette: distinguishable under the common colour-vision deficiencies.
 BLUE, ORANGE, GREEN, GREY, INK = "#0072B2", "#E69F00", "#009E73", "#BBBBBB", "#444444"
 
@@ -56,6 +57,7 @@ def place_labels(axes, places):
     """Put each name as near to its point as it fits, its leader included, without touching anything else."""
     frame, taken = axes.get_window_extent(), [line.get_window_extent().padded(8) for line in axes.lines]
     tries = [(radius, turn * math.pi / 8) for radius in range(14, 400, 14) for turn in range(16)]
+    spots = [Bbox.from_extents(*(point - 5), *(point + 5)) for point in axes.transData.transform([p for _, *p in places])]
     names, leaders = [], []
     style = {"ha": "center", "va": "center", "fontsize": 9, "textcoords": "offset pixels"}
     style["bbox"] = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.3}
@@ -63,12 +65,14 @@ def place_labels(axes, places):
     for name, *place in places:
         text = axes.annotate(textwrap.fill(name, 28), place, (0, 0), **style)
         point, size = axes.transData.transform(place), Text.get_window_extent(text)
-        for radius, angle in tries:
+        others = [spot for spot in spots if not spot.padded(2).contains(*point)]
+        strict = [(names + others, *near) for near in tries if near[0] <= NEAR]  # a long leader is worse than one over a point
+        for avoided, radius, angle in [*strict, *((names, *any_distance) for any_distance in tries)]:
             shift = (radius + size.width / 2) * math.cos(angle), (radius + size.height / 2) * math.sin(angle)
             box = Bbox.from_bounds(*(point + shift - size.size / 2), *size.size)
             leader = Line([point, point + shift])
             inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
-            crossing = any(map(leader.intersects_bbox, names)) or any(old.intersects_bbox(box) for old in leaders)
+            crossing = any(map(leader.intersects_bbox, avoided)) or any(old.intersects_bbox(box) for old in leaders)
             if inside and not crossing and not box.count_overlaps(taken + names):
                 break
         text.xyann = shift

@@ -35,10 +35,13 @@ from search import front
 
 STYLE = {"text.parse_math": False, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.7}
 STYLE |= {"axes.grid": True, "axes.grid.axis": "x", "grid.color": "#DDDDDD", "axes.axisbelow": True}
-FACTORS = "Factors (1.23x): interleaved runs against the baseline, with interval; if none is shown, two separate runs."
+FACTORS = "Factors (1.23x): interleaved runs against the baseline, with interval (99 %); if none is shown, two separate runs."
 LOWEST = 88  # % of retention: what lies below would squeeze the recipes that matter into one line
 CUT = f"An arrow points to a retention below {LOWEST} %."
-SPREAD = "Black line: slowest and fastest repeat, or the interval of the factor where the repeats are missing."
+SPREAD = (
+    "Black line: slowest and fastest repeat (the baseline's: of all its runs), or the interval of the factor where the repeats "
+    "are missing."
+)
 
 
 def draw_all(consolidated, folder):
@@ -173,7 +176,7 @@ def quality(consolidated, records):
     kept.axvline(100, color="black", linewidth=1, label="baseline")
     if target := number(consolidated.get("targets"), "perplexity_retention"):
         kept.axvline(100 * target, color=GREEN, linewidth=2, linestyle="--", label=f"target {100 * target:.0f} %")
-    notes = [f"Retention = perplexity of the baseline / perplexity; lines are intervals. {CUT}"]
+    notes = [f"Retention = perplexity of the baseline / perplexity; lines are intervals (95 %). {CUT}"]
     return finish(kept, consolidated, records, "Quality and what is kept", "retention in % (higher is better)", notes)
 
 
@@ -206,7 +209,7 @@ def pareto(consolidated, records):
         draw_front(color=ORANGE, linestyle="--", label="front", zorder=0.5)
     add_legend(panels[0])
     notes = [
-        "Lines through a point are its intervals. Front: nothing, the baseline included, keeps more and is faster or smaller. "
+        "Lines through a point are its intervals (speed 99 %, retention 95 %). Front: nothing, the baseline included, keeps more and is faster or smaller. "
         f"A retention counts by the lower end of its interval. {CUT}"
     ]
     xlabel, drawn = "model size in MB = 10^6 bytes (lower is better)", [baseline, *records]
@@ -227,7 +230,9 @@ def _trade(axes, rows, start, better):
     for record, x, ends in rows:
         kept, kept_ends, text = _retention(record)
         on_front = any(record is row[0] for row in best)
-        colour, marker, name = (ORANGE, "D", "recipe on the front") if on_front else (BLUE, "o", "recipe beaten in both")
+        colour, marker, name = (
+            (ORANGE, "D", "recipe on the front") if on_front else (BLUE, "o", "recipe beaten or equalled in both")
+        )
         if cut := kept == LOWEST:
             marker, name = "v", None
         dot(axes, x, kept, ends, kept_ends, look=(colour, marker), name=name)
@@ -271,7 +276,7 @@ def noise_floor_chart(consolidated, records):
     if floor := interval(aa, "speedup_ci"):
         axes.axvspan(*floor, color=GREY, alpha=0.6, linewidth=0, label="decode interval of A/A")
     axes.axvline(1, color="black", linewidth=1)
-    notes = ["A line through a point is its interval. Where it includes 1, no difference was resolved."]
+    notes = ["A line through a point is its interval (99 %). Where it includes 1, no difference was resolved."]
     title, xlabel = "Speed differences and the noise floor", "speed-up against the baseline (1 = no difference)"
     return finish(axes, consolidated, [baseline, *records], title, xlabel, notes)
 

@@ -49,13 +49,14 @@ def build_parser(docstring: str, *, without: Iterable[str] = ()) -> argparse.Arg
         help="sequences at once; others in the record and the KV-cache chart (default: 1)")  # fmt: skip
     add("--repeats", "-r", type=int, help=f"least interleaved pairs (default: {DEFAULTS.repeats})")
     add("--precision", type=ratio, default=0.02,
-        help="go on until the speed-up's interval is narrower than +- this (default: %(default)s)")  # fmt: skip
+        help="go on until the speed-up's interval lies within +- this share of it (default: %(default)s)")  # fmt: skip
     add("--budget-s", type=float, help="... or until a recipe has taken this long (default: 10, with --quick 4)")
     add("--prompts-file", metavar="FILE", help="your own prompts, one a line")
     add("--text-file", metavar="FILE", help="your own evaluation text (UTF-8)")
     add("--quality-windows", type=int, help=f"default: {DEFAULTS.quality_windows}")
     add("--quality-window", type=int, help=f"tokens a window (default: {DEFAULTS.quality_window})")
-    add("--quick", action="store_true", default=False, help="a few minutes: fewer tokens, pairs and windows")
+    add("--quick", action="store_true", default=False, 
+        help="a few minutes: fewer tokens, pairs and windows; run_optimization.py then rounds int4 to nearest")  # fmt: skip
     add("--seed", type=int, default=0)
     add = _adder(parser, "output", without)
     add("--results-dir", "-o", default="results", metavar="DIR", help="default: results")

@@ -134,8 +134,8 @@ def cpu_features() -> dict[str, bool]:
 def has_half_arithmetic(device: torch.device, dtype: torch.dtype) -> tuple[bool, str]:
     """Whether products in `dtype` run in hardware on `device`, and a sentence that says why or why not.
 
-    A CPU without it still profits from *storing* weights in bf16 (half the bytes per decoded token), but multiplies
-    in fp32, so that prefill gains nothing; in fp16 it converts in software and loses on both.
+    A CPU without it still profits from *storing* weights in bf16 (half the bytes per decoded token), but multiplies in fp32: a
+    prompt gains only what PyTorch's float32 product leaves unused. In fp16 it converts in software and loses on both.
     """
     if device.type != "cpu":
         return True, f"{device.type} multiplies {dtype} in hardware"

@@ -57,7 +57,7 @@ def equal_bytes(content):
     lowest = min(kept for points in lines.values() for _, kept, _ in points)
     axes.set_ylim(max(LOWEST, lowest - 2), 102)
     notes = [
-        "Vertical lines are intervals of the retention. Retention = perplexity of the baseline / perplexity.",
+        "Vertical lines are intervals (95 %) of the retention. Retention = perplexity of the baseline / perplexity.",
         f"An arrow points to a retention below {LOWEST} %.",
     ]
     if perplexity:
@@ -100,6 +100,8 @@ def sensitivity(content):
     ]
     notes += [f"lm_head, not in the map: {amount(head, 4)} nats per token."] if head is not None else []
     if content.get("heads"):
-        notes += ["Heads: a quarter of one layer's query heads removed and the others refitted; KL divergence, not rounding."]
+        notes += [
+            "Heads: a quarter of one layer's query heads, to the nearest whole one, removed and the others refitted; KL divergence, not rounding."
+        ]
     title = "Where rounding to int4 hurts"
     return finish(axes, content, content["results"], title, "decoder layer, the first is 0", notes)

@@ -101,6 +101,8 @@ def describe(consolidated):
     is_random = any(record.get("random_weights") for record in consolidated["results"])
     model = [first.get("model") or "model not recorded", first.get("dtype"), is_random and RANDOM]
     machine = [f"{first.get('device') or 'device'}: {gpu or env.get('cpu') or 'not recorded'}", gpu and env.get("cpu")]
+    # The newest of its vector units: two CPUs of one name may differ by these.
+    machine += [([env.get("vector_capability"), *(env.get("cpu_features") or [])][-1] or "").upper().replace("_", "-")]
     machine += [form.format(env[key]) for key, form in MACHINE.items() if env.get(key)]
     timed = any(number(record, "prefill_tokens_per_s") for record in consolidated["results"])
     workload = [form.format(work[key]) for key, form in WORKLOAD.items() if timed and work.get(key) is not None]

@@ -8,7 +8,7 @@ Schemes grouped      one scale per 64 inputs, for weights and for activations (q
         dynamic      the original's: one scale per output channel, one per token. An outlier in a token's
                      activations coarsens the whole token, which costs a small model 4 % of its quality; outliers are
                      therefore moved into the weights first (`--smoothing`), on calibration text, and 2 % are lost
-        weight-only  int8 weights per channel, float activations: no outlier hurts, but prefill gains nothing
+        weight-only  int8 weights per channel, float activations: no outlier hurts, but prefill gains less
         classic      torch's deprecated quantize_dynamic, as a contrast: weights per tensor, 7-bit activations
         auto         grouped on a CPU, weight-only on CUDA and MPS, where torch has no grouped integer product
         `--granularity tensor` takes one scale for a whole matrix (the original's formula); `--float-activations

@@ -1,7 +1,7 @@
 """Our recipes and other engines in the same run on the same machine: one process at a time, in turns.
 
 What    TinyLlama's architecture with seeded random weights; decode and prefill as `benchmark.py` defines them, for the float32
-        baseline, some of our recipes and each peer at 4, 8 and 16 bits.
+        baseline, some of our recipes and each peer at those of 4, 8 and 16 bits that it has.
 How     Contenders of one width of weights (by their names) are alive together, as many as memory holds, idle on a pipe between
         turns. Each round runs every one of them once, the baseline twice, in an order drawn at random: a ratio of one
         round shares the machine's mood. Medians and bootstrap intervals over rounds come from interleave.py.
@@ -33,7 +33,7 @@ from peers import chart, standalone
 from peers.contenders import PEERS
 from peers.rounds import BASELINE, Comparison
 from run_optimization import RECIPES
-from store import validate
+from store import read_json, validate
 
 DEFAULT_RECIPES = ("half+lean", "int8+lean", "int4+lean")  # the fastest of ours at each width
 STREAMED_WEIGHTS = 1_034_512_384  # read for each token: all but the embedding table
@@ -144,7 +144,7 @@ def write(content: dict, folder: Path) -> None:
         validate(record)
         records.save_json(folder / f"{record['name']}_results.json", record)
     records.save_json(folder / "peers_results.json", content)
-    path = chart.draw(content, folder)
+    path = chart.draw(read_json(folder / "peers_results.json"), folder)  # as it was rounded: the picture names its source
     console.print(f"results: {folder}/peers_results.json" + (f", chart: {path}" if path else ""), markup=False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -39,6 +40,15 @@ def test_committed_charts_were_drawn_from_the_committed_numbers(folder):
     consolidated = readings.load_results(ROOT / folder)
     assert charts.stale(consolidated, ROOT / folder) == []
     assert (ROOT / folder / "visualizations" / "decode_speed.png").exists()
+
+
+@pytest.mark.parametrize("chart", ["peers/peers", "pruning/equal_bytes", "pruning/layer_costs"])
+def test_committed_charts_with_a_file_of_their_own_too(chart):
+    """Mend with: python -m peers.chart results/peers, or charts.draw_all_own("results/pruning")"""
+    folder, name = (ROOT / "results" / chart).parent, chart.rpartition("/")[2]
+    content = json.loads((folder / f"{name}_results.json").read_text(encoding="utf-8"))
+    picture = folder / "visualizations" / f"{name.replace('layer_costs', 'sensitivity')}.png"
+    assert charts.digest(content).encode() in picture.read_bytes()
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -401,6 +401,9 @@ def test_axis_charts_name_the_crossover(results, tmp_path):
     assert "Both: no crossover up to a depth of 512: slower than Int8 alone there" in said_of, "faster at depth 0 only"
     rival["axes"] = [entry | {"speedup": 0.96, "speedup_ci": None} for entry in cache["axes"]]
     text = said(axis_charts.depth_speed(results, [stack, rival]))
+    assert "Both: faster than Int8 alone at a depth of 0. Too few pairs to tell at 256, 512." in text
+    rival["speedup_ci"] = None
+    text = said(axis_charts.depth_speed(results, [stack, rival]))
     assert "Both: too few pairs to tell its speed from that of Int8 alone" in text
     rival |= {"speedup_ci": [1.1, 1.2], "axes": [entry | {"speedup_ci": [0.95, 0.97]} for entry in cache["axes"]]}
     assert "Both: faster than Int8 alone from a depth of 512 on" in said(axis_charts.depth_speed(results, [stack, rival]))
@@ -409,6 +412,9 @@ def test_axis_charts_name_the_crossover(results, tmp_path):
     assert "Both: not seen to be slower than Int8 alone from a depth of 256 on" in text
     drawn = [text.get_text() for text in axis_charts.cache_memory(results, [cache, stack]).axes[0].get_legend().get_texts()]
     assert len(drawn) == 2, "equal caches share a line"
+    lines = axis_charts.cache_memory(results, [cache]).axes[0].get_lines()
+    assert [len(line.get_xdata()) for line in lines] == [3, 3], "the main workload's point is drawn as well"
+    assert "depth" not in said(axis_charts.cache_memory(results, [cache])).partition("repeats")[0], "it varies"
 
 
 def test_a_recipe_with_the_baselines_cache_is_not_called_unmeasured(results):
