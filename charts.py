@@ -209,7 +209,8 @@ def pareto(consolidated, records):
         draw_front(color=ORANGE, linestyle="--", label="front", zorder=0.5)
     add_legend(panels[0])
     notes = [
-        "Lines through a point are its intervals (speed 99 %, retention 95 %). Front: nothing, the baseline included, keeps more and is faster or smaller. "
+        "Lines through a point are its intervals (speed 99 %, retention 95 %). Front: nothing, the "
+        "baseline included, keeps more and is faster or smaller. "
         f"A retention counts by the lower end of its interval. {CUT}"
     ]
     xlabel, drawn = "model size in MB = 10^6 bytes (lower is better)", [baseline, *records]

@@ -101,7 +101,9 @@ def sensitivity(content):
     notes += [f"lm_head, not in the map: {amount(head, 4)} nats per token."] if head is not None else []
     if content.get("heads"):
         notes += [
-            "Heads: a quarter of one layer's query heads, to the nearest whole one, removed and the others refitted; KL divergence, not rounding."
-        ]
+        notes.append(
+            "Heads: a quarter of one layer's query heads, to the nearest whole one, removed and the others refitted; "
+            "KL divergence, not rounding."
+        )
     title = "Where rounding to int4 hurts"
     return finish(axes, content, content["results"], title, "decoder layer, the first is 0", notes)

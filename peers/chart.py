@@ -60,7 +60,8 @@ def panels(content: dict, shown: list[dict]):
         axes.set_xlim(left=0, right=1.6 * axes.get_xlim()[1])
     both[0].legend().remove()
     notes = [
-        "Factors: ratios of the same rounds to the float32 baseline, with interval (99 %). Black line: slowest and fastest round."
+        "Factors: ratios of the same rounds to the float32 baseline, with interval (99 %). "
+        "Black line: slowest and fastest round."
     ]
     notes += ["Peers as their authors ship them, all in the same run, one process at a time; "
               "first token counted with prefill."]  # fmt: skip
