@@ -100,7 +100,6 @@ def sensitivity(content):
     ]
     notes += [f"lm_head, not in the map: {amount(head, 4)} nats per token."] if head is not None else []
     if content.get("heads"):
-        notes += [
         notes.append(
             "Heads: a quarter of one layer's query heads, to the nearest whole one, removed and the others refitted; "
             "KL divergence, not rounding."
