@@ -17,7 +17,7 @@ REPEATS = 7
 
 def read_bandwidth(device: torch.device, *, cache: Path, threads: int) -> dict:
     """`read_bandwidth_gb_per_s` and when it was measured, from `cache` if it holds this machine's."""
-    machine = [device_name(device), str(device), threads]
+    machine = [device_name(device), torch.backends.cpu.get_cpu_capability(), str(device), threads]
     file = cache / "read_bandwidth.json"
     try:
         known = json.loads(file.read_text(encoding="utf-8"))

@@ -211,7 +211,8 @@ def pareto(consolidated, records):
     notes = [
         "Lines through a point are its intervals (speed 99 %, retention 95 %). Front: nothing, the "
         "baseline included, keeps more and is faster or smaller. "
-        f"A retention counts by the lower end of its interval. {CUT}"
+        "It goes by the figures; a promise is kept where the lower end of the interval keeps it. "
+        f"{CUT}"
     ]
     xlabel, drawn = "model size in MB = 10^6 bytes (lower is better)", [baseline, *records]
     return finish(panels[1], consolidated, drawn, "What speed and size cost", xlabel, notes)

@@ -24,6 +24,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 import torch
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "tinyllama-optimization"  # made once a machine
+CGROUP = Path("/sys/fs/cgroup")
 MB = 1e6  # megabytes are powers of ten everywhere in this project
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's names, from glibc's malloc.h
 KEPT_FREE_BYTES, OWN_MAPPING_BYTES = 256 << 20, 32 << 20  # the second is the largest that glibc takes
@@ -96,7 +97,18 @@ def available_memory_mb(device: torch.device) -> float:
     """What a new model could use now, in MB; for MPS the machine's own memory, which it shares."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / MB
-    return psutil.virtual_memory().available / MB
+    available, limit = psutil.virtual_memory().available, _of_container("memory.max")
+    if limit.isdigit():  # pages of files count as used there, but give way
+        kept = dict(line.split() for line in _of_container("memory.stat").splitlines())
+        available = min(available, int(limit) - int(_of_container("memory.current")) + int(kept.get("inactive_file", 0)))
+    return available / MB
+
+
+def _of_container(file: str) -> str:
+    """What the control group of this process says (Linux, version 2); "" where there is none."""
+    with contextlib.suppress(OSError):
+        return (CGROUP / file).read_text().strip()
+    return ""
 
 
 def device_name(device: torch.device) -> str:
@@ -137,15 +149,29 @@ def has_half_arithmetic(device: torch.device, dtype: torch.dtype) -> tuple[bool,
     A CPU without it still profits from *storing* weights in bf16 (half the bytes per decoded token), but multiplies in fp32: a
     prompt gains only what PyTorch's float32 product leaves unused. In fp16 it converts in software and loses on both.
     """
+    if device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return False, "this GPU only emulates bfloat16"
     if device.type != "cpu":
         return True, f"{device.type} multiplies {dtype} in hardware"
     if platform.machine() in ("arm64", "aarch64"):
-        return True, "ARM vector units multiply half precision"
+        native = _arm_has(*{torch.bfloat16: ("bf16", "FEAT_BF16"), torch.float16: ("asimdhp", "FEAT_FP16")}[dtype])
+        return native, f"ARM vector units multiply {dtype}" if native else f"this ARM CPU has no arithmetic in {dtype}"
     features = cpu_features()
     if dtype == torch.bfloat16:
         native = features["avx512_bf16"] or features["amx"]
         return native, "AVX512-BF16 or AMX" if native else "this CPU has neither AVX512-BF16 nor AMX-BF16"
     return features["amx_fp16"], "AMX-FP16" if features["amx_fp16"] else "this CPU has no AMX-FP16"
+
+
+@functools.cache
+def _arm_has(on_linux: str, on_macos: str) -> bool:
+    """Whether this ARM CPU has a feature, by the name that Linux or macOS gives it."""
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", f"hw.optional.arm.{on_macos}"]
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() == "1"
+    with contextlib.suppress(OSError):
+        return on_linux in Path("/proc/cpuinfo").read_text().split()
+    return False
 
 
 def fast_products(device: torch.device) -> torch.autocast:
@@ -164,6 +190,9 @@ def power_source() -> str | None:
 def default_threads() -> int:
     """Physical cores this process may use: hyper-threads share the units that products run on."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share, _, period = _of_container("cpu.max").partition(" ")  # of a container: microseconds in each period
+    if share.isdigit():
+        allowed = min(allowed, round(int(share) / int(period)))
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 

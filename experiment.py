@@ -17,9 +17,13 @@ import records
 import report
 from arguments import fail, without_flags
 from bandwidth import read_bandwidth
+from kernels.build import no_kernels
 from measurement import BASELINE, Measurement, console
 from stacks import Steps
 from store import ResultsFolder
+
+# Two CPUs of one name may differ by what their vector units can do.
+MACHINE = ("cpu", "cpu_features", "vector_capability", "gpu", "threads", "os", "torch", "transformers", "code_sha256")
 
 
 def run(
@@ -44,6 +48,9 @@ def run(
         environment |= read_bandwidth(args.torch_device, cache=store.cache, threads=args.threads)
     except ValueError as error:
         fail(parser, error)
+    except OSError as error:
+        console.print(f"stopped before anything was measured: {error}", markup=False)
+        return 1
     except KeyboardInterrupt:
         console.print("interrupted before anything was measured")
         return 130
@@ -92,11 +99,10 @@ def describe(args, prepared: inputs.Inputs, environment: dict) -> tuple[dict, di
         "quality": prepared.quality_protocol, "axes": args.axes, "precision": args.precision, "budget_s": args.budget_s,
         "prompts_sha256": prepared.sha256,
     }  # fmt: skip
-    machine = {key: environment[key] for key in ("cpu", "gpu", "threads", "os", "torch", "transformers", "code_sha256")}
+    machine = {key: environment[key] for key in MACHINE} | {"no_kernels": no_kernels(args.torch_device)}
     model = [args.source.name, args.source.revision, models.fingerprint(args.source)]
     identity = {"workload": workload, "model": model, "device": str(args.torch_device)}
-    # Through JSON and back, so that it compares equal to what a file holds (tuples become lists).
-    return workload, json.loads(json.dumps(identity | machine))
+    return workload, records.as_saved(identity | machine)
 
 
 def publish(store: ResultsFolder, *, as_json: bool) -> None:

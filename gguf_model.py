@@ -132,7 +132,10 @@ def _config(reader: gguf.GGUFReader, path: Path) -> LlamaConfig:
     if architecture != "llama":
         raise ValueError(f"--model {path.name}: architecture '{architecture}' is not of the Llama family")
     names = {tensor.name for tensor in reader.tensors}
-    if "rope_freqs.weight" in names or reader.get_field("llama.rope.scaling.type") is not None:
+    # A factor alone means linear scaling, and so does the key that files had before there were types.
+    factors = [field(key, 1.0) for key in ("llama.rope.scaling.factor", "llama.rope.scale_linear")]
+    typed = reader.get_field("llama.rope.scaling.type") is not None
+    if "rope_freqs.weight" in names or typed or any(factor not in (0, 1) for factor in factors):
         raise ValueError(f"--model {path.name}: scaled rotary embeddings are not supported from GGUF; use safetensors")
     vocabulary = next((int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight"), None)
     if vocabulary is None:

@@ -45,7 +45,11 @@ class Side:
         if self.worker is None or not self.worker.alive:
             self.release()
             self.worker = WorkerProcess(self.job)
-            self.loaded = self.worker.load()
+            try:
+                self.loaded = self.worker.load()
+            except RecipeError:  # of a process that lives on: it would be taken for one that has a model
+                self.release()
+                raise
             if command in ("block", "point"):
                 self.worker.call(command, **arguments)  # warm-up of the same shape, discarded
         return self.loaded if command == "load" else self.worker.call(command, **arguments)
@@ -190,6 +194,7 @@ class Measurement:
         """Where memory cannot hold both models, each is loaded in its turn: slow, but still interleaved."""
         self.baseline_side.rival = None
         self.baseline_side.call("load")  # turns may have ended without it: what is free beside it counts
+        self.baseline_side.call("release_memory")
         needed_mb = HEADROOM * self.baseline["load_peak_memory_mb"]
         free_mb = available_memory_mb(self.args.torch_device)
         if free_mb < needed_mb:
@@ -208,7 +213,7 @@ class Measurement:
             )  # fmt: skip
 
     def _measure_axes(self, record: dict, side: Side) -> list[dict] | None:
-        """The other depths and batch sizes asked for; what ends one (memory, time) ends them all, and nothing else."""
+        """The other depths and batch sizes asked for; what ends one ends them all, the run's time the recipe as well."""
         points = []
         for depth, batch_size in self.args.axes:
             where = f"depth {depth}, batch {batch_size}"
@@ -216,6 +221,8 @@ class Measurement:
                 with console.status(f"{record['name']}: {where}"):
                     points.append(self._measure_point(depth, batch_size, side))
             except RecipeError as error:
+                if error.status == "interrupted":
+                    raise  # not finished: the next run measures it again
                 note = f"{where} and what comes after it were not measured: {error}"
                 record["notes"] = [*(record["notes"] or []), note]
                 console.print(f"  {note}", markup=False)

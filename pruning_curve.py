@@ -46,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         if unknown := set(kinds) - set(KINDS):
             raise ValueError(f"--kinds {min(unknown)!r}: choose from {', '.join(KINDS)}")
         shares = parse_shares(args.shares)
+        if args.axes:
+            raise ValueError("--depth: choose one; several are for run_optimization.py")
         if args.source.random_weights:
             raise ValueError(f"--model {args.source.name}: random weights have no quality to lose; choose a real model")
         tokenizer = models.load_tokenizer(args.source)

@@ -16,6 +16,8 @@ Definitions (natural logarithms, float32 log-softmax, averages over all position
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,8 @@ from scipy.stats import bootstrap
 from benchmark import new_cache
 
 SMALL_VOCABULARY = 65536  # ids fit 16 bits
+BEFORE, DECODED = 96, 32  # tokens of one window: in one chunk, then one by one
+MOST_APART = 0.5  # nats a token; activations that are rounded by the chunk move answers, but not as a wrong kernel does
 
 
 def _top_tokens(vocabulary: int) -> tuple[int, torch.dtype]:
@@ -66,7 +70,7 @@ def score_baseline(model, windows: torch.Tensor, *, chunk: int) -> Reference:
     """One pass of the untouched model over `windows`."""
     nll, top_ids, top_log_probs = [], [], []
     for window in windows:
-        for log_probs, targets in _log_probs(model, window, chunk):
+        for log_probs, targets in _log_probs(model, window, itertools.repeat(chunk)):
             nll.append(-log_probs.gather(1, targets[:, None])[:, 0].cpu())
             kept, id_dtype = _top_tokens(log_probs.shape[1])
             top = log_probs.topk(kept, dim=1)
@@ -83,11 +87,14 @@ def score_baseline(model, windows: torch.Tensor, *, chunk: int) -> Reference:
 
 
 def score_variant(model, reference: Reference) -> dict:
-    """The quality fields of a record, against the baseline's `reference` on the same windows and chunks."""
+    """The quality fields of a record, against the baseline's `reference` on the same windows and chunks.
+
+    Raises ValueError where one token at a time is answered unlike chunks: decode has kernels of its own.
+    """
     nll, divergence, agreement = [], [], []
     for index, window in enumerate(reference.windows):
         position = 0
-        for log_probs, targets in _log_probs(model, window, reference.chunk):
+        for log_probs, targets in _log_probs(model, window, itertools.repeat(reference.chunk)):
             here = slice(position, position + len(targets))
             ids = reference.top_ids[index, here].long().to(log_probs.device)
             base = reference.top_log_probs[index, here]
@@ -95,24 +102,47 @@ def score_variant(model, reference: Reference) -> dict:
             divergence.append(_kl_divergence(base, log_probs.gather(1, ids).cpu()))
             agreement.append((log_probs.argmax(1) == ids[:, 0]).cpu())
             position += len(targets)
-    return _summary(torch.cat(nll).view_as(reference.nll), reference.nll, torch.cat(divergence), torch.cat(agreement))
+    scored = torch.cat(nll).view_as(reference.nll)
+    apart = decode_difference(model, reference.windows[0], scored[0])
+    if not apart < MOST_APART:
+        raise ValueError(
+            f"token by token its answers are {apart:.2f} nats from those in chunks of {reference.chunk}: one is wrong"
+        )
+    return _summary(scored, reference.nll, torch.cat(divergence), torch.cat(agreement))
 
 
-def _log_probs(model, window: torch.Tensor, chunk: int):
-    """Yield (log-probabilities [n, V], next tokens [n]) for each chunk of one window, through one cache.
+def decode_difference(model, window: torch.Tensor, nll: torch.Tensor) -> float:
+    """By how much `nll` [T-1] of a few tokens of `window` [T] changes when they are fed one by one: mean of its size, in nats.
+
+    Chunks run on the kernels of a prompt, so that the figures of quality alone would say nothing of those that decode.
+    """
+    if len(window) < 3:
+        return 0.0
+    before = min(BEFORE, (len(window) - 1) // 2)
+    last = min(before + DECODED, len(window) - 1)
+    steps = _log_probs(model, window[: last + 1], itertools.chain([before], itertools.repeat(1)))
+    next(steps)  # the chunk before
+    single = torch.cat([-log_probs.gather(1, targets[:, None])[:, 0].cpu() for log_probs, targets in steps])
+    return float((single - nll[before:last]).abs().mean())
+
+
+def _log_probs(model, window: torch.Tensor, chunks: Iterable[int]):
+    """Yield (log-probabilities [n, V], next tokens [n]) for each chunk of one window, of the sizes `chunks`, through one cache.
 
     Raises FloatingPointError on logits that are not finite.
     """
     window = window.to(model.device)
     cache = new_cache(model)
-    for start in range(0, len(window) - 1, chunk):
-        ids = window[start : min(start + chunk, len(window) - 1)]
+    start, chunks = 0, iter(chunks)
+    while start < len(window) - 1:
+        ids = window[start : min(start + next(chunks), len(window) - 1)]
         with torch.inference_mode():
             logits = model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0]
             log_probs = logits.float().log_softmax(-1)
         if not torch.isfinite(log_probs).all():
             raise FloatingPointError(f"the logits are not finite at position {start} of a window")
         yield log_probs, window[start + 1 : start + 1 + len(ids)]
+        start += len(ids)
 
 
 def _kl_divergence(base: torch.Tensor, variant: torch.Tensor) -> torch.Tensor:

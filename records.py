@@ -142,7 +142,7 @@ def _code_sha256() -> str:
 
 def save_json(path: Path, content: dict) -> None:
     """Write atomically; floats keep seven significant digits, what is not finite becomes null."""
-    write_atomically(path, json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(as_saved(content), indent=1, allow_nan=False) + "\n")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -161,12 +161,12 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _finite(content):
-    """Floats rounded to seven significant digits (the rest is noise), NaN and infinity as null, so that it is JSON."""
+def as_saved(content):
+    """As a file will hold it: floats rounded to seven significant digits (the rest is noise), NaN and infinity as null."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: as_saved(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [as_saved(value) for value in content]
     if isinstance(content, float):
         return float(f"{content:.7g}") if math.isfinite(content) else None
     return content

@@ -72,6 +72,8 @@ def main(argv: list[str] | None = None) -> int:
         own = {stacks.file_name(text): stacks.parse_stack(text) for text in args.stack}
         if own and args.recipes is None and args.dtype != "auto":
             raise ValueError(f"--dtype {args.dtype}: write it into the stack, --stack mixed_precision:dtype={args.dtype}")
+        if args.dtype != "auto" and not args.find and not any("mixed_precision" in dict(RECIPES[name][1]) for name in names):
+            raise ValueError(f"--dtype {args.dtype}: none of the recipes chosen has mixed precision")
         if args.minutes is not None and not 0 < args.minutes < float("inf"):
             raise ValueError(f"--minutes {args.minutes:g}: choose a number above 0")
         if args.minutes is not None and args.find:

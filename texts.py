@@ -121,9 +121,32 @@ def _read_text_file(text_file: str) -> Text:
     return Text(path.name, content)
 
 
-@functools.cache
+_wikitext_is_there: bool | None = None  # once it was asked for, or the process that started this one had asked
+
+
+def wikitext_is_there() -> bool | None:
+    """What this process found; None where it never had to look."""
+    return _wikitext_is_there
+
+
+def settle_wikitext(is_there: bool | None) -> None:
+    """One run, one choice of texts: a worker takes what the run found, though the network has come or gone since."""
+    global _wikitext_is_there
+    _wikitext_is_there = is_there
+
+
 def _wikitext(part: str) -> Text | None:
-    """wikitext-2-raw, joined as in the GPTQ and Wanda papers; None where it is neither cached nor reachable."""
+    """wikitext-2-raw, or None where it is neither cached nor reachable. RuntimeError where it was there before, and is gone."""
+    found = _load_wikitext(part) if _wikitext_is_there is not False else None
+    if found is None and _wikitext_is_there:
+        raise RuntimeError("wikitext-2, which this run is measured on, can no longer be read")
+    settle_wikitext(found is not None)
+    return found
+
+
+@functools.cache
+def _load_wikitext(part: str) -> Text | None:
+    """Joined as in the GPTQ and Wanda papers."""
     import socket
     from urllib.parse import urlparse
 

@@ -29,6 +29,7 @@ import models
 import quality
 import saving
 import speculation
+import texts
 from benchmark import Workload
 from devices import MB, Unsupported, release_memory
 from fitting.calibration_cache import CalibrationCache
@@ -56,12 +57,13 @@ class Job:
     scratch_dir: str
     input_ids: torch.Tensor = field(repr=False, default=None)
     deadline: float | None = None  # by time.time(): what is not answered by then is given up
+    wikitext: bool | None = None  # whether the run found it (texts.py)
 
     @classmethod
     def of(cls, args, steps: Steps, input_ids: torch.Tensor, scratch: Path, *, deadline: float | None = None) -> Job:
         """With the model, machine and workload of `args` (cli.parse). The baseline has no deadline: all is compared with it."""
         return cls(args.source, steps, str(args.torch_device), args.threads, args.workload, str(scratch), input_ids,
-                   deadline if steps else None)  # fmt: skip
+                   deadline if steps else None, texts.wikitext_is_there())  # fmt: skip
 
 
 class RecipeError(Exception):
@@ -205,6 +207,7 @@ class _Worker:
         self.job = job
         self.device = torch.device(job.device)
         torch.set_num_threads(job.threads)
+        texts.settle_wikitext(job.wikitext)
         self.model = None
         self.runtime_mb = 0.0
         self.phases: dict = {}
@@ -250,6 +253,10 @@ class _Worker:
             "streamed_bytes": benchmark.streamed_bytes(self.model),
             "calibrated": CalibrationCache.saved > 0,
         }
+
+    def release_memory(self) -> None:
+        """Give back what this process keeps for later: beside it another model is to be loaded."""
+        release_memory(self.device)
 
     def memory(self) -> dict:
         """Peaks of prefill and decode above the runtime, in a pass of its own, and what of the peak has a name."""

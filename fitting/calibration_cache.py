@@ -13,6 +13,7 @@ import os
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,8 @@ from streaming import UnreadWeight, block_rows
 
 ROOT = CACHE / "calibration"
 CODE = ("refit.py", "divergence.py", "pruning_costs.py", "compensation.py")  # a change of the maths is a change of the result
+# What the weights do not tell of a model's answers.
+ARCHITECTURE = ("rms_norm_eps", "rope_parameters", "hidden_act", "num_attention_heads", "num_key_value_heads", "head_dim")
 # As it was when this process began: who edits a file meanwhile changes what the next one computes, not this one.
 HERE = Path(__file__).parent
 SOURCES = {file.name: file.read_bytes() for folder in (HERE, HERE.parent / "kernels") for file in folder.glob("*.py")}
@@ -39,9 +42,10 @@ class CalibrationCache:
 
     @classmethod
     def of(cls, model, windows: torch.Tensor, *, code: tuple[str, ...] = CODE, **options) -> CalibrationCache:
-        """The cache of these weights, whatever was done to them before, these calibration windows, the files `code` here or in
-        kernels/, and these options (what JSON can hold)."""
-        digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
+        """The cache of these weights, whatever was done to them before, in this architecture, these calibration windows, the
+        files `code` here or in kernels/, and these options (what JSON can hold)."""
+        shape = {key: getattr(model.config, key, None) for key in ARCHITECTURE}
+        digest = hashlib.sha256(json.dumps([options, shape], sort_keys=True, default=str).encode())
         digest.update(windows.cpu().numpy().tobytes())
         for name, parameter in model.named_parameters():
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
@@ -81,6 +85,9 @@ class CalibrationCache:
         part = self.folder / f"{name}.{os.getpid()}.part"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob("*.part"):  # by a process that was killed
+                if not psutil.pid_exists(int(left.suffixes[-2][1:])):
+                    left.unlink(missing_ok=True)
             write(part)
             part.replace(self.folder / name)
             CalibrationCache.saved += 1

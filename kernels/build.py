@@ -23,6 +23,7 @@ from kernels.packing import pack_nibble_panels, pack_panels, pack_scales
 HERE = Path(__file__).parent
 SOURCES, HEADERS = sorted(HERE.glob("*.cpp")), sorted(HERE.glob("*.h"))
 COMPILE_TIMEOUT_S = 600
+NO_TRITON = "Triton is not installed (on Linux it comes with torch's build for CUDA)"
 spent: dict[str, float] = {}  # "compiling_s", where this process compiled the kernels
 
 
@@ -39,6 +40,19 @@ def load_kernels() -> str | None:
     return _load_once()
 
 
+def no_kernels(device: torch.device) -> str | None:
+    """Why this machine has no kernels for `device`, as far as that shows without compiling anything; else None."""
+    if os.environ.get("TINYOPT_NO_KERNELS") == "1":
+        return "switched off by TINYOPT_NO_KERNELS=1"
+    if device.type == "cuda" and not find_spec("triton"):
+        return NO_TRITON
+    try:
+        _compiler()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def gpu_kernels() -> str | None:
     """None where a CUDA device can run the Triton kernels, which compile themselves, else one sentence with the reason."""
     if os.environ.get("TINYOPT_NO_KERNELS") == "1":
@@ -50,7 +64,7 @@ def gpu_kernels() -> str | None:
 def _try_gpu_kernels() -> str | None:
     """Triton compiles with the machine's C compiler and driver, for the card that is there: found is not yet able to run."""
     if not find_spec("triton"):
-        return "Triton is not installed (on Linux it comes with torch's build for CUDA)"
+        return NO_TRITON
     try:
         from kernels.triton_step import self_check
 
@@ -125,6 +139,9 @@ def _compile(library: Path) -> None:
     from torch.utils import cpp_extension
 
     library.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in library.parent.glob("tinyopt_build_*"):  # by a process that was killed
+        if time.time() - abandoned.stat().st_mtime > 2 * COMPILE_TIMEOUT_S:
+            shutil.rmtree(abandoned, ignore_errors=True)
     print("compiling kernels/*.cpp (once, half a minute) ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="tinyopt_build_") as folder:
         built = Path(folder) / library.name

@@ -99,6 +99,8 @@ def check(config, *, prune_ratio: float, mode: str, method: str, heal_minutes: f
     calibration.check_text(calibration_text)
     if heal_minutes and mode == "mask":
         raise ValueError("--heal-minutes: training would bring masked heads back; choose --mode structural")
+    if calibration_text != "mixed" and method == "l2" and not heal_minutes:
+        raise ValueError(f"--calibration-text {calibration_text}: --method l2 reads no text without --heal-minutes")
     heads = config.num_attention_heads
     if method == "calibrated":
         _calibrated_count(heads, config.num_hidden_layers, prune_ratio)

@@ -53,7 +53,7 @@ def apply(
     `granularity` (channel or tensor) applies to dynamic and weight-only, `group_size` to grouped, half of it to the
     `fine_layers`, named by kind and separated by commas. `float_activations` names layers whose inputs stay in floating point.
     `smoothing` is the share of an activation's outliers that moves into the weights first (fitting/smoothing.py); by itself 0.7
-    for dynamic, where the model has words, else 0.
+    for dynamic, where the model has words and was not smoothed before, else 0.
     Raises ValueError if no nn.Linear is left to quantise, Unsupported where the device cannot run the scheme.
     """
     check_not_lean(model)
@@ -71,7 +71,8 @@ def apply(
 
     tied = is_tied(model)
     if smoothing is None:
-        smoothing = STRENGTH if scheme == "dynamic" and has_text(model) else 0.0
+        wanted = scheme == "dynamic" and has_text(model) and not getattr(model, "smoothed", False)
+        smoothing = STRENGTH if wanted else 0.0
     if smoothing:
         read_weights(model)
         note = smooth(model, calibration_ids(model, tokens=CALIBRATION_TOKENS), smoothing)
@@ -100,6 +101,10 @@ def check(config, *, scheme, granularity, group_size, embeddings, fine_layers, f
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
     if scheme not in SCHEMES:
         raise ValueError(f"--scheme {scheme}: choose from {', '.join(SCHEMES)}")
+    given = {"granularity": granularity, "group_size": group_size, "embeddings": embeddings, "fine_layers": fine_layers,
+             "float_activations": float_activations, "smoothing": smoothing}  # fmt: skip
+    if scheme == "classic" and (ignored := [name for name, value in given.items() if value != apply.__kwdefaults__[name]]):
+        raise ValueError(f"--{ignored[0].replace('_', '-')}: --scheme classic is torch's own and takes no other option")
     if granularity not in ("channel", "tensor"):
         raise ValueError(f"--granularity {granularity}: choose channel or tensor")
     if scheme == "grouped" and granularity == "tensor":

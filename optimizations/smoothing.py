@@ -40,6 +40,7 @@ def apply(model, *, strength: float = STRENGTH, calibration_tokens: int = CALIBR
         raise ValueError("no factor folds into quantized or half-precision layers: run smoothing before them")
     note = smooth(model, calibration.calibration_ids(model, tokens=calibration_tokens), strength)
     model.notes = [*getattr(model, "notes", []), note]
+    model.smoothed = True  # quantization would do it again, at its own strength, and undo this one
     return model
 
 

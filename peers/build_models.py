@@ -35,8 +35,14 @@ OPENVINO_WEIGHTS = {
 }
 
 
+def folder_of(model_dir: Path, seed: int) -> Path:
+    """Weights of another seed are other weights: they are never found in place of one another."""
+    return model_dir if seed == 0 or model_dir.name == f"seed-{seed}" else model_dir / f"seed-{seed}"
+
+
 def build(name: str, model_dir: Path, *, seed: int = 0) -> Path:
     """DIR/name, built now if it is not there; a build that is cut short leaves nothing behind under that name."""
+    model_dir = folder_of(model_dir, seed)
     target = model_dir / name
     if not target.exists():
         model_dir.mkdir(parents=True, exist_ok=True)

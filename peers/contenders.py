@@ -13,7 +13,7 @@ from pathlib import Path
 import records
 from benchmark import Workload
 from peers import ctranslate2_peer, llama_cpp_peer, openvino_peer
-from peers.build_models import MODEL
+from peers.build_models import MODEL, folder_of
 from worker import RecipeError
 
 ROOT = Path(__file__).parent.parent
@@ -139,7 +139,7 @@ class PeerProcess:
 
 def build_model(job: PeerJob) -> Path:
     """The peer's model, converted in the peers' environment if the cache lacks it. RecipeError if that fails."""
-    model = job.model_dir / job.peer.model
+    model = folder_of(job.model_dir, job.workload.seed) / job.peer.model
     if not model.exists():
         script = [str(job.python), str(ROOT / "peers" / "build_models.py")]
         flags = ["--model-dir", str(job.model_dir), "--only", job.peer.model, "--seed", str(job.workload.seed)]

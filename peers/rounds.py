@@ -16,7 +16,7 @@ import records
 from devices import available_memory_mb
 from measurement import HEADROOM, console
 from peers import contenders, standalone
-from peers.build_models import MODEL
+from peers.build_models import MODEL, folder_of
 from peers.contenders import PEERS, PeerJob, PeerProcess
 from run_optimization import RECIPES
 from worker import Job, RecipeError, WorkerProcess
@@ -70,6 +70,10 @@ class Comparison:
                 if BASELINE not in self.alive:
                     break
             self._give_up([name for name in names if name not in self.records])
+        except KeyboardInterrupt:
+            if self.samples[BASELINE]:  # groups that ended are kept, and their reference with them
+                self._finish(BASELINE)
+            raise
         finally:
             for process in self.alive.values():
                 process.close()
@@ -77,7 +81,7 @@ class Comparison:
 
     def _short_of_memory(self, name: str) -> bool:
         if name in PEERS:
-            path = self.args.model_dir / PEERS[name].model
+            path = folder_of(self.args.model_dir, self.args.seed) / PEERS[name].model
             size_mb = records.file_size_mb(path) or 1200  # not built yet
             needed_mb = NEEDED_PEER_MB * size_mb
         else:

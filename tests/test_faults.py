@@ -143,8 +143,11 @@ def test_full_disk_keeps_finished_results(model, tmp_path):
         filler = disk / "filler"
         filler.write_bytes(b"x" * 230_000)
         code, output = run(model, PRUNE | CACHE, disk)
-        assert code == 1, output
+        assert code == 1 and "Traceback" not in output, output
         all_json_is_whole(disk)
+        filler.write_bytes(b"x" * 290_000)
+        code, output = run(model, PRUNE, disk)
+        assert code == 1 and "Traceback" not in output, "full before anything is measured"
         filler.unlink()
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=False)

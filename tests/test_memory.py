@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,3 +108,26 @@ def test_freed_activations_are_not_faulted_in_again():
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
     assert min(faults_of_a_layer() for _ in range(10)) < 500
+
+
+def test_a_container_has_less_than_its_machine(monkeypatch, tmp_path):
+    """6 GB of which 1 is used, 0.25 of that files that give way; one and a half CPUs."""
+    files = {"memory.max": "6000000000", "memory.current": "1000000000", "memory.stat": "anon 1\ninactive_file 250000000"}
+    for name, content in (files | {"cpu.max": "150000 100000"}).items():
+        (tmp_path / name).write_text(content + "\n")
+    monkeypatch.setattr(devices, "CGROUP", tmp_path)
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(available=64e9))
+    monkeypatch.setattr(devices.psutil, "cpu_count", lambda logical: 32)
+    monkeypatch.setattr(devices.os, "sched_getaffinity", lambda pid: range(32), raising=False)
+    assert devices.available_memory_mb(torch.device("cpu")) == 5250 and devices.default_threads() == 2
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    assert devices.available_memory_mb(torch.device("cpu")) == 64000 and devices.default_threads() == 32
+
+
+def test_half_precision_of_an_arm_cpu_is_looked_up(monkeypatch):
+    monkeypatch.setattr(devices.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(devices, "_arm_has", lambda on_linux, on_macos: on_linux == "asimdhp")
+    assert devices.has_half_arithmetic(torch.device("cpu"), torch.float16)[0]
+    native, reason = devices.has_half_arithmetic(torch.device("cpu"), torch.bfloat16)
+    assert not native and "no arithmetic in torch.bfloat16" in reason

@@ -75,11 +75,6 @@ def test_auto_is_bf16_on_a_cpu(tiny, path):
     assert ("float32 products" in model.notes[-1]) == (path == "expanding")
 
 
-def test_arm_multiplies_half(tiny, monkeypatch):
-    monkeypatch.setattr(devices.platform, "machine", lambda: "arm64")
-    assert devices.has_half_arithmetic(torch.device("cpu"), torch.float16)[0]
-
-
 def test_unknown_dtype(tiny):
     with pytest.raises(ValueError, match=r"--dtype fp8.*fp16 or bf16"):
         apply(tiny(), dtype="fp8")

@@ -80,6 +80,25 @@ def test_refit_of_nothing_is_the_identity(model, ids, tmp_path):
     torch.testing.assert_close(logits_of(model, ids), dense, atol=1e-3, rtol=0)
 
 
+def test_what_was_calibrated_belongs_to_one_architecture(model):
+    """The same weights with another epsilon or other angles are another model."""
+    windows, of = torch.zeros(1, 4, dtype=torch.int64), calibration_cache.CalibrationCache.of
+    folders = [of(model, windows).folder]
+    model.config.rms_norm_eps *= 2
+    folders.append(of(model, windows).folder)
+    model.config.rope_parameters = model.config.rope_parameters | {"rope_theta": 123.0}
+    folders.append(of(model, windows).folder)
+    assert len(set(folders)) == 3
+
+
+def test_what_a_killed_process_left_half_written_goes(tmp_path):
+    cache = calibration_cache.CalibrationCache(tmp_path)
+    (tmp_path / f"old.json.{2**22 + 1}.part").write_text("half")
+    (tmp_path / "other.json.1.part").write_text("of a process that lives")
+    cache.save_json("new", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.json", "other.json.1.part"]
+
+
 def test_a_token_counts_by_what_the_next_norm_lets_through(model, tmp_path, monkeypatch):
     """One token's stream is thousands of times longer: its row in a regression is as much shorter, or it would decide."""
     rows = []

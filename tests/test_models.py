@@ -31,7 +31,7 @@ def one_sentence(error):
 def write_gguf(model, path, *, architecture="llama", without=(), **metadata):
     """Write `model` as llama.cpp's convert_hf_to_gguf.py does, rotary row order included, in float32.
 
-    `without` names tensors to leave out; `metadata` holds further string fields with `_` for `.`.
+    `without` names tensors to leave out; `metadata` holds further fields with `_` (or, where a name has some, `__`) for `.`.
     """
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -48,7 +48,8 @@ def write_gguf(model, path, *, architecture="llama", without=(), **metadata):
     writer.add_token_scores([0.0] * config.vocab_size)
     writer.add_token_types([1] * config.vocab_size)
     for key, value in metadata.items():
-        writer.add_string(key.replace("_", "."), value)
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(key.replace("__", ".") if "__" in key else key.replace("_", "."), value)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, parameter in model.named_parameters():
         values = parameter.detach().numpy()
@@ -177,12 +178,20 @@ def test_gguf_of_another_architecture(tmp_path, tiny):
     one_sentence(error)
 
 
-def test_gguf_with_scaled_rotary_embeddings(tmp_path, tiny):
+@pytest.mark.parametrize("scaling", [
+    {"llama_rope_scaling_type": "yarn"}, {"llama_rope_scaling_factor": 4.0}, {"llama__rope__scale_linear": 2.0},
+])  # fmt: skip
+def test_gguf_with_scaled_rotary_embeddings(tmp_path, tiny, scaling):
     """Llama 3.1 and later scale their angles: loaded as plain, every long text would be wrong without a word."""
-    path = write_gguf(tiny(), tmp_path / "scaled.gguf", llama_rope_scaling_type="yarn")
+    path = write_gguf(tiny(), tmp_path / "scaled.gguf", **scaling)
     with pytest.raises(ValueError, match=r"--model scaled.gguf.*rotary") as error:
         find_model(str(path))
     one_sentence(error)
+
+
+def test_gguf_with_a_scale_of_one_is_plain(tmp_path, tiny):
+    path = write_gguf(tiny(), tmp_path / "plain.gguf", llama_rope_scaling_factor=1.0)
+    assert find_model(str(path)).kind == "gguf"
 
 
 def test_gguf_without_tensors(tmp_path, tiny):

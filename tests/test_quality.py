@@ -236,3 +236,15 @@ def test_interval_of_too_few_or_equal_values():
     assert bootstrap_interval(values) == bootstrap_interval(values)
     low, high = bootstrap_interval(values)
     assert 0.1 <= low < np.mean(values) < high <= 0.9
+
+
+def test_decode_that_answers_unlike_chunks_is_no_quality(windows):
+    """Decode has kernels of its own: a model that is right in chunks and wrong token by token must not pass."""
+    logits, wrong = random_logits(0), random_logits(1)
+    reference = score_baseline(Fixed(logits), windows, chunk=8)
+    assert score_variant(Fixed(logits), reference)["perplexity_retention"] == 1
+    broken = Fixed(answer=lambda ids: (wrong if len(ids) == 1 else logits).expand(len(ids), -1))
+    with pytest.raises(ValueError, match="token by token"):
+        score_variant(broken, reference)
+    assert broken.chunks[-17:] == [16] + [1] * 16
+    assert quality.decode_difference(Fixed(logits), windows[0][:2], reference.nll[0][:1]) == 0

@@ -105,6 +105,8 @@ def test_fine_layers_have_groups_of_half_the_size():
         {"embeddings": "no"},
         {"float_activations": "x"},
         {"fine_layers": "embed"},
+        {"smoothing": 0.5, "scheme": "classic"},
+        {"granularity": "tensor", "scheme": "classic"},
     ],
 )
 def test_bad_options_name_the_flag(options):

@@ -121,3 +121,11 @@ def test_command_line_defaults_are_applys(monkeypatch):
     monkeypatch.setattr(cli, "parse", lambda parser, argv: parser.parse_args(argv))
     assert smoothing.main(["--then", "dynamic"]) == 0
     assert seen["smoothing"] == [("smoothing", smoothing.apply.__kwdefaults__), ("quantization", {"scheme": "dynamic"})]
+
+
+@pytest.mark.parametrize("strength", [0.1, 0.9])
+def test_quantization_does_not_smooth_a_second_time(strength, monkeypatch):
+    """Its own strength would undo the one asked for: factors of two passes multiply to those of the last."""
+    monkeypatch.setattr("optimizations.quantization.has_text", lambda model: True)
+    model = quantization.apply(smoothing.apply(random_tiny(), strength=strength, **QUICK), scheme="dynamic")
+    assert sum("smoothed" in note for note in model.notes) == 1

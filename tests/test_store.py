@@ -70,6 +70,14 @@ def test_finished_recipes_are_found_again(tmp_path):
     assert not again.finished("other", STEPS)
 
 
+def test_options_compare_as_files_hold_them(tmp_path):
+    """A file keeps seven digits: asked for with more, a recipe would be measured again every time."""
+    steps = [{"technique": "head_pruning", "options": {"prune_ratio": 0.123456789}}]
+    opened(tmp_path).save(a_record(steps=steps))
+    again = opened(tmp_path)
+    assert again.records["head_pruning"]["steps"] != steps and again.finished("head_pruning", steps)
+
+
 def test_a_repetition_that_came_to_nothing_replaces_nothing(tmp_path):
     """Ctrl-C or lack of memory while a finished recipe is measured once more."""
     store = opened(tmp_path)

@@ -63,3 +63,16 @@ def test_wikitext_is_encyclopaedia_enough(carried, monkeypatch):
 def test_a_python_without_its_reference(carried, monkeypatch):
     monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
     assert [text.name for text in texts.calibration_texts()] == ["news", "encyclopaedia", "newsgroups"]
+
+
+def test_one_run_has_one_choice_of_texts(monkeypatch):
+    """Found once, wikitext is asked for until it is there or the recipe fails; not found, it is not looked for again."""
+    text, asked = texts.Text("wikitext", "articles"), []
+    monkeypatch.setattr(texts, "_load_wikitext", lambda part: asked.append(part) or answers.pop(0))
+    monkeypatch.setattr(texts, "_wikitext_is_there", None)
+    answers = [text, None]
+    assert texts._wikitext("evaluation") is text and texts.wikitext_is_there() is True
+    with pytest.raises(RuntimeError, match="no longer"):
+        texts._wikitext("calibration")
+    texts.settle_wikitext(False)
+    assert texts._wikitext("calibration") is None and asked == ["evaluation", "calibration"]

@@ -98,7 +98,11 @@ def test_the_baseline_is_loaded_when_free_memory_is_read(monkeypatch):
     run = SimpleNamespace(baseline_side=baseline, baseline={"load_peak_memory_mb": 4400.0}, args=args)
     monkeypatch.setattr(measurement, "available_memory_mb", lambda device: 1000.0 if calls else 6500.0)
     measurement.Measurement._make_room(run, record := {}, side)
-    assert calls == [("load", None)] and side.rival is baseline and "loaded in turns" in record["notes"][0]
+    assert (
+        calls == [("load", None), ("release_memory", None)]
+        and side.rival is baseline
+        and "loaded in turns" in record["notes"][0]
+    )
 
 
 def test_two_models_that_do_not_fit_are_loaded_in_turns(source, tmp_path):
@@ -109,3 +113,58 @@ def test_two_models_that_do_not_fit_are_loaded_in_turns(source, tmp_path):
     second.call("block")
     assert first.worker is None and second.worker.alive
     second.release()
+
+
+def test_a_baseline_that_could_not_be_loaded_again_is_not_taken_for_loaded(monkeypatch):
+    """Its process lives on after the error; the next recipe must load it anew, and may find room."""
+    rooms = iter([False, True])
+
+    class Process:
+        alive = True
+
+        def __init__(self, job):
+            self.loaded = False
+
+        def load(self):
+            if not next(rooms):
+                raise RecipeError("oom", "no room")
+            self.loaded = True
+            return {"weights_mb": 1.0}
+
+        def call(self, command):
+            return self.loaded
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(measurement, "WorkerProcess", Process)
+    side = measurement.Side(None)
+    with pytest.raises(RecipeError, match="no room"):
+        side.call("load")
+    assert side.call("load") == {"weights_mb": 1.0} and side.call("memory") is True
+
+
+def test_time_that_ends_between_depths_leaves_the_recipe_unfinished(monkeypatch):
+    """Else the next run would skip it, and the depths would never be measured; memory that ends is only noted."""
+    run = object.__new__(measurement.Measurement)
+    run.args = SimpleNamespace(axes=[(512, 1), (1536, 1)])
+    status = "interrupted"
+
+    def fail(depth, batch_size, side):
+        raise RecipeError(status, "over")
+
+    run._measure_point = fail
+    with pytest.raises(RecipeError, match="over"):
+        run._measure_axes({"name": "int8", "notes": None}, None)
+    status = "oom"
+    record = {"name": "int8", "notes": None}
+    assert run._measure_axes(record, None) is None and "depth 512" in record["notes"][0]
+
+
+def test_a_worker_takes_the_texts_that_the_run_found(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker.texts, "_wikitext_is_there", False)
+    made = Job.of(SimpleNamespace(source=source, torch_device="cpu", threads=1, workload=WORK), [], None, tmp_path)
+    monkeypatch.setattr(worker.texts, "_wikitext_is_there", None)
+    assert made.wikitext is False
+    worker._Worker(made)
+    assert worker.texts.wikitext_is_there() is False
