@@ -499,7 +499,7 @@ def test_flags_that_would_do_nothing_are_no_flags(capsys):
 @pytest.mark.parametrize(("flags", "module", "said"), [
     (["--recipes", "int8", "--dtype", "bf16"], "run_optimization", "--dtype bf16: none of the recipes"),
     (["--calibration-text", "evaluated"], "optimizations.head_pruning", "--calibration-text evaluated"),
-    (["--depth", "0,512"], "pruning_curve", "--depth: choose one"),
+    (["--quick", "--depth", "0,4"], "pruning_curve", "--depth: choose one"),
 ])  # fmt: skip
 def test_flags_that_would_do_nothing_are_refused(refused, tmp_path, flags, module, said):
     assert said in refused(["--model", save_tiny_model(tmp_path / "model"), *flags], module=module)
