@@ -20,7 +20,7 @@ import jsonschema
 from records import RECORD_KEYS, SCHEMA_VERSION, TARGETS, as_saved, save_json, write_atomically
 
 CONSOLIDATED = "consolidated_results.json"
-CACHE = ".cache"
+WORKING_FILES = ".cache"
 SCHEMA_FILE = Path(__file__).parent / "record.schema.json"
 RESULT_FILES = "*_results.json"
 # Of find.py, pruning_curve.py and layer_costs.py, which judge for themselves whether what they kept still holds.
@@ -38,7 +38,7 @@ class ResultsFolder:
         self._lock = lock(folder)
         for leftover in folder.glob(".scratch-*"):  # of a run that was killed: nobody else can hold the lock
             shutil.rmtree(leftover, ignore_errors=True)
-        self.cache = folder / CACHE
+        self.cache = folder / WORKING_FILES
         self.cache.mkdir(exist_ok=True)
         self._head = {"environment": environment, "workload": workload, "identity": identity}
         self.aa: dict | None = None

@@ -179,5 +179,5 @@ def _train(model, teacher: Teacher, updates: dict, *, minutes: float, generator)
                 best, kept = reading, {name: update.detach().clone() for name, update in updates.items()}
     spent = (time.monotonic() - start) / 60
     apart = f"{first:.4f} -> {best:.4f} nats per token"
-    note = f"healed in {steps} steps, {spent:.1f} minutes: KL to the dense model on held-out text about {apart}"
+    note = f"healed in {steps} steps, {spent:.1f} minutes: KL to the model before pruning on held-out text about {apart}"
     return kept, note

@@ -105,7 +105,7 @@ def cached_rankings(model, windows: torch.Tensor, *, part: str, group: int, at_o
         cache.save_json("measured", measured)
         show_progress("measuring", index + 1, len(layers))
     return [
-        Ranking(order, corrected(costs, dict(zip(points, readings, strict=True))))
+        Ranking(order, scaled_to_measured(costs, dict(zip(points, readings, strict=True))))
         for (order, costs), readings in zip(local, measured, strict=True)
     ]
 
@@ -149,7 +149,7 @@ def refitted_without(weight: torch.Tensor, second_moment: torch.Tensor, gone: li
     return result
 
 
-def corrected(costs: list[float], measured: dict[int, float]) -> list[float]:
+def scaled_to_measured(costs: list[float], measured: dict[int, float]) -> list[float]:
     """`costs` (after 1, 2, ... steps) scaled to pass through the `measured` ones; the log of the factor is linear between."""
     points = sorted(measured)
     factors = [math.log(max(measured[p], SMALLEST_COST) / max(costs[p - 1], SMALLEST_COST)) for p in points]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fitting.pruning_costs import corrected, refitted_without
+from fitting.pruning_costs import refitted_without, scaled_to_measured
 from fitting.refit import SELECTION_DAMPING, Regression, damped, eliminate, fit_ridge, ridge
 
 
@@ -84,10 +84,10 @@ def test_damping_is_chosen_on_held_out_tokens():
 
 def test_measured_costs_are_met_and_the_shape_kept_between():
     costs = [1.0, 2.0, 4.0, 8.0, 16.0]
-    assert corrected(costs, {2: 4.0, 4: 64.0})[1] == pytest.approx(4.0)
-    assert corrected(costs, {2: 4.0, 4: 64.0})[3] == pytest.approx(64.0)
-    assert corrected(costs, {2: 4.0, 4: 64.0})[2] == pytest.approx(4 * 2 * math.sqrt(4))  # halfway from 2x to 8x
-    assert corrected(costs, {2: 4.0, 4: 64.0})[4] == pytest.approx(128.0)
-    assert corrected(costs, {3: 4.0}) == pytest.approx(costs)
-    falling = corrected(costs, {2: 4.0, 4: 0.1})
+    assert scaled_to_measured(costs, {2: 4.0, 4: 64.0})[1] == pytest.approx(4.0)
+    assert scaled_to_measured(costs, {2: 4.0, 4: 64.0})[3] == pytest.approx(64.0)
+    assert scaled_to_measured(costs, {2: 4.0, 4: 64.0})[2] == pytest.approx(4 * 2 * math.sqrt(4))  # halfway from 2x to 8x
+    assert scaled_to_measured(costs, {2: 4.0, 4: 64.0})[4] == pytest.approx(128.0)
+    assert scaled_to_measured(costs, {3: 4.0}) == pytest.approx(costs)
+    falling = scaled_to_measured(costs, {2: 4.0, 4: 0.1})
     assert falling == sorted(falling)
