@@ -163,6 +163,8 @@ class Measurement:
             with console.status(f"{record['name']}: quality"):
                 summary = side.call("score_variant", reference_file=str(self.reference_file))
             record.update({key: summary[key] for key in records.QUALITY_KEYS})
+            if summary["note"]:
+                record["notes"] = [*(record["notes"] or []), summary["note"]]
             record["continuations"] = self._texts(self.baseline_tokens, self._continuations(side))
         with console.status(f"{record['name']}: drafting, where it drafts"):
             record["speculation"] = side.call("speculation", prompts=self.inputs.speculation)

@@ -243,7 +243,11 @@ def test_decode_that_answers_unlike_chunks_is_no_quality(windows):
     logits, wrong = random_logits(0), random_logits(1)
     reference = score_baseline(Fixed(logits), windows, chunk=8)
     assert score_variant(Fixed(logits), reference)["perplexity_retention"] == 1
-    broken = Fixed(answer=lambda ids: (wrong if len(ids) == 1 else logits).expand(len(ids), -1))
+    for scale, said in ((0.1, None), (1.0, "nats apart")):
+        shifted = Fixed(answer=lambda ids, scale=scale: (logits + scale * wrong * (len(ids) == 1)).expand(len(ids), -1))
+        note = score_variant(shifted, reference)["note"]
+        assert note is None if said is None else said in note
+    broken = Fixed(answer=lambda ids: (5 * wrong if len(ids) == 1 else logits).expand(len(ids), -1))
     with pytest.raises(ValueError, match="token by token"):
         score_variant(broken, reference)
     assert broken.chunks[-17:] == [16] + [1] * 16
