@@ -54,9 +54,12 @@ def main(argv: list[str] | None = None) -> int:
         prepared = inputs.prepare(tokenizer, args, vocab_size=args.config.vocab_size)
         models.fetch_weights(args.source)
         held = lock(Path(args.results_dir))
+        curve = Curve(args, prepared)
     except ValueError as error:
         fail(parser, error)
-    curve = Curve(args, prepared)
+    except OSError as error:
+        console.print(f"stopped before anything was measured: {error}", markup=False)
+        return 1
     code = 0
     try:
         with tempfile.TemporaryDirectory() as scratch:

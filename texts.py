@@ -136,10 +136,10 @@ def settle_wikitext(is_there: bool | None) -> None:
 
 
 def _wikitext(part: str) -> Text | None:
-    """wikitext-2-raw, or None where it is neither cached nor reachable. RuntimeError where it was there before, and is gone."""
+    """wikitext-2-raw, or None where it is neither cached nor reachable. ValueError where it was there before, and is gone."""
     found = _load_wikitext(part) if _wikitext_is_there is not False else None
     if found is None and _wikitext_is_there:
-        raise RuntimeError("wikitext-2, which this run is measured on, can no longer be read")
+        raise ValueError("wikitext-2, which this run is measured on, can no longer be read: try again")
     settle_wikitext(found is not None)
     return found
 

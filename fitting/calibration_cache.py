@@ -86,7 +86,7 @@ class CalibrationCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob("*.part"):  # by a process that was killed
-                if not psutil.pid_exists(int(left.suffixes[-2][1:])):
+                if (pid := left.stem.rpartition(".")[2]).isdigit() and not psutil.pid_exists(int(pid)):
                     left.unlink(missing_ok=True)
             write(part)
             part.replace(self.folder / name)

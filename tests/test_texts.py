@@ -72,7 +72,7 @@ def test_one_run_has_one_choice_of_texts(monkeypatch):
     monkeypatch.setattr(texts, "_wikitext_is_there", None)
     answers = [text, None]
     assert texts._wikitext("evaluation") is text and texts.wikitext_is_there() is True
-    with pytest.raises(RuntimeError, match="no longer"):
+    with pytest.raises(ValueError, match="no longer"):
         texts._wikitext("calibration")
     texts.settle_wikitext(False)
     assert texts._wikitext("calibration") is None and asked == ["evaluation", "calibration"]
