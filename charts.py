@@ -209,10 +209,9 @@ def pareto(consolidated, records):
         draw_front(color=ORANGE, linestyle="--", label="front", zorder=0.5)
     add_legend(panels[0])
     notes = [
-        "Lines through a point are its intervals (speed 99 %, retention 95 %). Front: nothing, the "
-        "baseline included, keeps more and is faster or smaller. "
-        "It goes by the figures; a promise is kept where the lower end of the interval keeps it. "
-        f"{CUT}"
+        "Lines through a point are its intervals (speed 99 %, retention 95 %). Front: nothing, the baseline included, keeps "
+        "more and is faster or smaller. It goes by the figures; a promise is kept where the lower end of the interval keeps "
+        f"it. {CUT}"
     ]
     xlabel, drawn = "model size in MB = 10^6 bytes (lower is better)", [baseline, *records]
     return finish(panels[1], consolidated, drawn, "What speed and size cost", xlabel, notes)

@@ -16,8 +16,6 @@ Definitions (natural logarithms, float32 log-softmax, averages over all position
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,7 +69,7 @@ def score_baseline(model, windows: torch.Tensor, *, chunk: int) -> Reference:
     """One pass of the untouched model over `windows`."""
     nll, top_ids, top_log_probs = [], [], []
     for window in windows:
-        for log_probs, targets in _log_probs(model, window, itertools.repeat(chunk)):
+        for log_probs, targets in _log_probs(model, window, chunk):
             nll.append(-log_probs.gather(1, targets[:, None])[:, 0].cpu())
             kept, id_dtype = _top_tokens(log_probs.shape[1])
             top = log_probs.topk(kept, dim=1)
@@ -95,7 +93,7 @@ def score_variant(model, reference: Reference) -> dict:
     nll, divergence, agreement = [], [], []
     for index, window in enumerate(reference.windows):
         position = 0
-        for log_probs, targets in _log_probs(model, window, itertools.repeat(reference.chunk)):
+        for log_probs, targets in _log_probs(model, window, reference.chunk):
             here = slice(position, position + len(targets))
             ids = reference.top_ids[index, here].long().to(log_probs.device)
             base = reference.top_log_probs[index, here]
@@ -123,29 +121,31 @@ def decode_difference(model, window: torch.Tensor, nll: torch.Tensor) -> float:
         return 0.0
     before = min(BEFORE, (len(window) - 1) // 2)
     last = min(before + DECODED, len(window) - 1)
-    steps = _log_probs(model, window[: last + 1], itertools.chain([before], itertools.repeat(1)))
-    next(steps)  # the chunk before
+    steps = _log_probs(model, window[: last + 1], 1, first=before)
+    next(steps)
     single = torch.cat([-log_probs.gather(1, targets[:, None])[:, 0].cpu() for log_probs, targets in steps])
     return float((single - nll[before:last]).abs().mean())
 
 
-def _log_probs(model, window: torch.Tensor, chunks: Iterable[int]):
-    """Yield (log-probabilities [n, V], next tokens [n]) for each chunk of one window, of the sizes `chunks`, through one cache.
+def _log_probs(model, window: torch.Tensor, chunk: int, *, first: int | None = None):
+    """Yield (log-probabilities [n, V], next tokens [n]) for each chunk of one window, through one cache.
+
+    The first chunk may have a size of its own.
 
     Raises FloatingPointError on logits that are not finite.
     """
     window = window.to(model.device)
     cache = new_cache(model)
-    start, chunks = 0, iter(chunks)
+    start, size = 0, first or chunk
     while start < len(window) - 1:
-        ids = window[start : min(start + next(chunks), len(window) - 1)]
+        ids = window[start : min(start + size, len(window) - 1)]
         with torch.inference_mode():
             logits = model(input_ids=ids[None], past_key_values=cache, use_cache=True).logits[0]
             log_probs = logits.float().log_softmax(-1)
         if not torch.isfinite(log_probs).all():
             raise FloatingPointError(f"the logits are not finite at position {start} of a window")
         yield log_probs, window[start + 1 : start + 1 + len(ids)]
-        start += len(ids)
+        start, size = start + len(ids), chunk
 
 
 def _kl_divergence(base: torch.Tensor, variant: torch.Tensor) -> torch.Tensor:

@@ -73,8 +73,9 @@ def _gpu_memory_in_use_mb(device: torch.device) -> float | None:
 
 
 def resolved(steps: list[tuple[str, dict]]) -> list[dict]:
-    """The `steps` of a record: all options, those of the defaults of `apply` as well, so that it stands alone."""
-    return [{"technique": technique, "options": defaults_of(technique) | options} for technique, options in steps]
+    """The `steps` of a record: all options, those of the defaults of `apply` as well, so that it stands alone; as a file will
+    hold them, so that they compare equal to what one does."""
+    return as_saved([{"technique": technique, "options": defaults_of(technique) | options} for technique, options in steps])
 
 
 def defaults_of(technique: str) -> dict:

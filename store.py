@@ -17,7 +17,7 @@ from pathlib import Path
 import filelock
 import jsonschema
 
-from records import RECORD_KEYS, SCHEMA_VERSION, TARGETS, as_saved, save_json, write_atomically
+from records import RECORD_KEYS, SCHEMA_VERSION, TARGETS, save_json, write_atomically
 
 CONSOLIDATED = "consolidated_results.json"
 WORKING_FILES = ".cache"
@@ -60,7 +60,7 @@ class ResultsFolder:
     def finished(self, name: str, steps: list[dict]) -> bool:
         """Whether `name` was measured to the end with exactly these resolved steps."""
         record = self.records.get(name)
-        return record is not None and record["status"] in ("ok", "unsupported") and as_saved(record["steps"]) == as_saved(steps)
+        return record is not None and record["status"] in ("ok", "unsupported") and record["steps"] == steps
 
     def save(self, record: dict) -> None:
         """Keep `record`: its own file first, then those that gather all. Raises OSError when the disk is full.
@@ -70,7 +70,7 @@ class ResultsFolder:
         validate(record)
         earlier = self.records.get(record["name"])
         if earlier is not None and earlier["status"] == "ok":
-            if as_saved(earlier["steps"]) != as_saved(record["steps"]):
+            if earlier["steps"] != record["steps"]:
                 set_aside(self.folder, [self.folder / f"{record['name']}_results.json"])
             elif record["status"] != "ok":
                 return

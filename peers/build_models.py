@@ -37,12 +37,11 @@ OPENVINO_WEIGHTS = {
 
 def folder_of(model_dir: Path, seed: int) -> Path:
     """Weights of another seed are other weights: they are never found in place of one another."""
-    return model_dir if seed == 0 or model_dir.name == f"seed-{seed}" else model_dir / f"seed-{seed}"
+    return model_dir / f"seed-{seed}" if seed else model_dir
 
 
 def build(name: str, model_dir: Path, *, seed: int = 0) -> Path:
     """DIR/name, built now if it is not there; a build that is cut short leaves nothing behind under that name."""
-    model_dir = folder_of(model_dir, seed)
     target = model_dir / name
     if not target.exists():
         model_dir.mkdir(parents=True, exist_ok=True)
@@ -179,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     code = 0
     for name in names:
         try:
-            print(f"{name}: {build(name, args.model_dir, seed=args.seed)}", file=sys.stderr)
+            print(f"{name}: {build(name, folder_of(args.model_dir, args.seed), seed=args.seed)}", file=sys.stderr)
         except Exception as error:  # a peer that cannot build its format must not keep the others from theirs
             print(f"{name}: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
             code = 1

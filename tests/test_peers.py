@@ -236,4 +236,4 @@ def test_what_was_measured_outlives_the_baseline(tmp_path, monkeypatch):
 
 def test_weights_of_another_seed_have_a_folder_of_their_own(tmp_path):
     assert build_models.folder_of(tmp_path, 0) == tmp_path
-    assert build_models.folder_of(build_models.folder_of(tmp_path, 3), 3) == tmp_path / "seed-3"
+    assert build_models.folder_of(tmp_path, 3) == tmp_path / "seed-3"
