@@ -6,6 +6,7 @@ No PyTorch here: scripts that only read results start at once.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 
 
@@ -14,15 +15,11 @@ class Parser(argparse.ArgumentParser):
     without the usage before it."""
 
     def __init__(self, docstring: str):
-        super().__init__(description=docstring, formatter_class=_Formatter)
+        formatter = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28, width=110)
+        super().__init__(description=docstring, formatter_class=formatter)
 
     def error(self, message: str):
         fail(self, ValueError(f"{message.removeprefix('argument ')} (--help lists all flags)"))
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=28, width=110)
 
 
 def fail(parser: argparse.ArgumentParser, error: Exception) -> None:

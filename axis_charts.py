@@ -117,29 +117,16 @@ def _intervals(speedups):
 
 
 def _crossover(name, rival, speedups):
-    """From which depth on the recipe is seen to be faster than the same without its cache technique, or not to be slower.
+    """At which depths the recipe is seen to be faster or slower than the same without its cache technique.
 
     `speedups` depth -> (the rival's interval, its own).
     """
-    unknown = sorted(depth for depth, ends in speedups.items() if None in ends)
-    speedups = {depth: ends for depth, ends in speedups.items() if None not in ends}
-    if not speedups:
-        return f"{name}: too few pairs to tell its speed from that of {rival}."
-    others = f" Too few pairs to tell at {', '.join(map(str, unknown))}." if unknown else ""
-    if len(speedups) == 1:
-        ((depth, (theirs, ours)),) = speedups.items()
-        word = "faster than" if ours[0] > theirs[1] else "slower than" if ours[1] < theirs[0] else "not told apart from"
-        return f"{name}: {word} {rival} at a depth of {depth}.{others}"
-    deepest = max(speedups)
-    for word, holds in (
-        ("faster than", lambda theirs, ours: ours[0] > theirs[1]),
-        ("not seen to be slower than", lambda theirs, ours: ours[1] >= theirs[0]),
-    ):
-        depths = []
-        for depth in sorted(speedups, reverse=True):
-            if not holds(*speedups[depth]):
-                break
-            depths.append(depth)
-        if depths:
-            return f"{name}: {word} {rival} from a depth of {depths[-1]} on (measured up to {deepest}).{others}"
-    return f"{name}: no crossover up to a depth of {deepest}: slower than {rival} there.{others}"
+    depths: dict[str, list[str]] = {"faster": [], "slower": [], "not told apart": [], "too few pairs to tell": []}
+    for depth, (theirs, ours) in sorted(speedups.items()):
+        if theirs is None or ours is None:
+            word = "too few pairs to tell"
+        else:
+            word = "faster" if ours[0] > theirs[1] else "slower" if ours[1] < theirs[0] else "not told apart"
+        depths[word].append(str(depth))
+    found = "; ".join(f"{word} at {', '.join(places)}" for word, places in depths.items() if places)
+    return f"{name}, beside {rival}, by depth: {found}."

@@ -86,14 +86,19 @@ class Timing:
     def rates(self, prompt_tokens: int) -> dict[str, float]:
         """The four speed quantities of a record; decode figures are absent when only one token was generated."""
         batch_size, new_tokens = self.tokens.shape
-        rates = {
-            "ttft_ms": self.ttft_s * 1e3,
-            "prefill_tokens_per_s": batch_size * prompt_tokens / self.prefill_s,
-        }
-        if new_tokens > 1:
-            rates["tpot_ms"] = self.decode_s / (new_tokens - 1) * 1e3
-            rates["decode_tokens_per_s"] = batch_size * (new_tokens - 1) / self.decode_s
-        return rates
+        times = {"prefill_s": self.prefill_s, "ttft_s": self.ttft_s, "decode_s": self.decode_s}
+        return speeds(**times, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch_size=batch_size)
+
+
+def speeds(
+    *, prefill_s: float, ttft_s: float, decode_s: float, prompt_tokens: int, new_tokens: int, batch_size: int = 1
+) -> dict[str, float]:
+    """The four speed quantities, of ours and of peers. The first token belongs to prefill."""
+    rates = {"ttft_ms": ttft_s * 1e3, "prefill_tokens_per_s": batch_size * prompt_tokens / prefill_s}
+    if new_tokens > 1:
+        rates["tpot_ms"] = decode_s / (new_tokens - 1) * 1e3
+        rates["decode_tokens_per_s"] = batch_size * (new_tokens - 1) / decode_s
+    return rates
 
 
 def new_cache(model, *, room: int = 0):

@@ -10,6 +10,7 @@ named.
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 import time
@@ -166,9 +167,7 @@ class Finder:
             set_aside(self.file.parent, [self.file])
         kept = earlier.get("alone", {}) if same else {}
         kept = {name: alone for name, alone in kept.items() if alone["status"] in ("ok", "unsupported")}
-        limits = {"min_retention": self.limits.min_retention, "max_memory_mb": self.limits.max_memory_mb,
-                  "min_speedup": self.limits.min_speedup}  # fmt: skip
-        self.state = {"schema_version": 1, **head, "limits": limits, "alone": kept}
+        self.state = {"schema_version": 1, **head, "limits": dataclasses.asdict(self.limits), "alone": kept}
 
     def _save(self) -> None:
         records.save_json(self.file, self.state)
@@ -221,8 +220,8 @@ class Finder:
             "status": "ok", "reason": None, "seconds": time.time() - start, "apply_s": worker.calibrated_s or loaded["apply_s"],
             "tpot_ms": tpot_ms, "peak_memory_mb": memory["peak_memory_mb"], "loss_ci": interval,
             "loss": quality["delta_nll"], "loss_low": interval[0] if interval else quality["delta_nll"],
-            "streamed_mb": loaded["streamed_bytes"] / 1e6, "kv_mb": memory["kv_cache_mb"], "weights_mb": loaded["weights_mb"],
-            "rest_mb": memory["peak_memory_mb"] - loaded["weights_mb"],
+            "streamed_mb": loaded["evidence"]["streamed_bytes"] / 1e6, "kv_mb": memory["kv_cache_mb"],
+            "weights_mb": loaded["weights_mb"], "rest_mb": memory["peak_memory_mb"] - loaded["weights_mb"],
         }  # fmt: skip
 
     def _steps(self, choices) -> Steps:
@@ -306,8 +305,8 @@ def _table(front: list[dict], estimates: dict[str, dict]) -> Table:
     for column in ("decode speed-up", "retention", "peak MB", "model MB", "estimated"):
         table.add_column(column, justify="right")
     for record in front:
-        interval, guess = record["perplexity_retention_ci"], estimates.get(record["name"])
-        kept = f"{record['perplexity_retention']:.2%}" + (f" [{interval[0]:.2%}, {interval[1]:.2%}]" if interval else "")
+        guess = estimates.get(record["name"])
+        kept = readings.share(record["perplexity_retention"], record["perplexity_retention_ci"])
         speed = readings.times(record["speedup"], record["speedup_ci"])
         size = "not measured" if record["model_size_mb"] is None else f"{record['model_size_mb']:.0f}"
         table.add_row(

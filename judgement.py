@@ -6,6 +6,7 @@ import math
 import statistics
 
 import interleave
+import readings
 from records import TARGETS
 
 SPEED_QUANTITIES = ("decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms", "tpot_ms")
@@ -97,17 +98,6 @@ def noisier(one: dict, other: dict) -> dict:
     return max(one, other, key=doubt)
 
 
-def noise_sentence(aa: dict) -> str:
-    parts = []
-    for kind, key in (("decode", "speedup"), ("prefill", "prefill_speedup")):
-        if interval := aa[f"{key}_ci"]:
-            parts.append(f"{kind} {aa[key]:.3f}x [{interval[0]:.3f}, {interval[1]:.3f}]")
-    if not parts:
-        return "A/A: too few pairs for an interval"
-    verdict = "as it should be" if aa["trustworthy"] else "NOT TRUSTWORTHY: an interval excludes 1"
-    return f"A/A, baseline against itself: {', '.join(parts)}, {verdict}"
-
-
 def explain(record: dict) -> str | None:
     """One sentence on why the speed-up is what it is; None where decode was not measured. Fills in `captured`."""
     if record["speedup"] is None:
@@ -142,7 +132,7 @@ def one_line(record: dict) -> str:
     if record["decode_tokens_per_s"]:
         parts.insert(0, f"decode {record['decode_tokens_per_s']:.1f} tokens/s")
     if record["speedup_ci"]:
-        parts.insert(1, f"{record['speedup']:.2f}x [{record['speedup_ci'][0]:.2f}, {record['speedup_ci'][1]:.2f}]")
+        parts.insert(1, readings.times(record["speedup"], record["speedup_ci"]))
     if record["perplexity"]:
         parts.append(f"perplexity {record['perplexity']:.2f} ({record['perplexity_retention']:.2%} kept)")
     return f"{record['name']}: " + ", ".join(parts)

@@ -10,6 +10,7 @@ from rich.console import Console
 import inputs
 import interleave
 import judgement
+import readings
 import records
 from devices import available_memory_mb
 from stacks import Steps
@@ -180,17 +181,12 @@ class Measurement:
         """Load, memory and size: what baseline and variants share."""
         with console.status(f"{record['name']}: loading"):
             loaded = dict(side.call("load"))
-        streamed_bytes = loaded.pop("streamed_bytes")
         notes = [*(record["notes"] or []), *(loaded.pop("notes") or [])]  # the first may say that loads alternate
         record.update(loaded, notes=notes or None)
         with console.status(f"{record['name']}: memory"):
-            memory = side.call("memory")
-        tokens_per_pass = memory.pop("tokens_per_pass")
-        record.update(memory)
+            record.update(side.call("memory"))
         with console.status(f"{record['name']}: size on disk"):
             record["model_size_mb"] = side.call("size")
-        work = self.args.workload
-        record["bytes_per_token"] = work.bytes_per_token(streamed_bytes, record["kv_cache_mb"], tokens_per_pass)
 
     def _make_room(self, record: dict, side: Side) -> None:
         """Where memory cannot hold both models, each is loaded in its turn: slow, but still interleaved."""
@@ -263,7 +259,8 @@ class Measurement:
         noise = judgement.noise_floor(comparison)
         earlier = self.store.aa if any(name != BASELINE for name in self.store.records) else None
         self.store.aa = judgement.noisier(earlier, noise) if earlier else noise  # one line stands over old and new results
-        console.print(f"  {judgement.noise_sentence(self.store.aa)}", markup=False)
+        for sentence in filter(None, readings.noise_floor({"aa": self.store.aa})):
+            console.print(f"  {sentence}", markup=False)
 
     def _fill_speed(self, record: dict, samples: list[dict]) -> None:
         judgement.fill_medians(record, samples)

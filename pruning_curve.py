@@ -21,6 +21,7 @@ import cli
 import experiment
 import inputs
 import models
+import readings
 import records
 from arguments import fail
 from measurement import BASELINE, console
@@ -158,19 +159,13 @@ class Curve:
         try:
             experiment.check_steps(steps, args.config)
             with WorkerProcess(job) as worker:
-                loaded = worker.load()
-                streamed_bytes = loaded.pop("streamed_bytes")
-                record.update(loaded)
-                memory = worker.call("memory")
-                memory.pop("tokens_per_pass")  # nothing is drafted here
-                record.update(memory)
+                record.update(worker.load() | worker.call("memory"))
                 if steps:
                     quality = worker.call("score_variant", reference_file=reference)
                 else:
                     quality = worker.call("score_baseline", windows=self.prepared.windows, reference_file=reference)
         except (RecipeError, ValueError) as error:
             return record | {"status": getattr(error, "status", "unsupported"), "reason": str(error)}
-        record["bytes_per_token"] = args.workload.bytes_per_token(streamed_bytes, record["kv_cache_mb"])
         return record | {key: quality[key] for key in records.QUALITY_KEYS}
 
 
@@ -181,9 +176,8 @@ def point_line(record: dict, baseline: dict | None) -> str:
     if not record["steps"]:
         return f"{record['title']}: perplexity {record['perplexity']:.2f}, {record['bytes_per_token'] / 1e6:.0f} MB a token"
     gone = 1 - record["bytes_per_token"] / baseline["bytes_per_token"]
-    ends = record["perplexity_retention_ci"]
-    interval = f" [{ends[0]:.2%}, {ends[1]:.2%}]" if ends else ""
-    return f"{record['title']}: {gone:.1%} of the bytes gone, retention {record['perplexity_retention']:.2%}{interval}"
+    kept = readings.share(record["perplexity_retention"], record["perplexity_retention_ci"])
+    return f"{record['title']}: {gone:.1%} of the bytes gone, retention {kept}"
 
 
 if __name__ == "__main__":

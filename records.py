@@ -30,19 +30,8 @@ READERS_OF_RESULTS = (
 )  # fmt: skip
 TARGETS = {"decode_speedup": 1.6, "memory_change": -0.35, "perplexity_retention": 0.97}  # the original's promises
 
-RECORD_KEYS = (
-    "name", "title", "status", "reason", "steps", "repro", "model", "device", "dtype", "random_weights", "evidence", "notes",
-    "decode_tokens_per_s", "prefill_tokens_per_s", "ttft_ms", "tpot_ms", "load_s", "apply_s", "samples",
-    "peak_memory_mb", "runtime_memory_mb", "load_peak_memory_mb", "weights_mb", "kv_cache_mb", "memory_phases",
-    "model_size_mb", "parameters",
-    "perplexity", "perplexity_retention", "perplexity_retention_ci", "kl_divergence", "top1_agreement", "delta_nll",
-    "delta_nll_ci", "quality_protocol", "continuations",
-    "bytes_per_token", "mbu", "ceiling_speedup", "speedup", "speedup_ci", "prefill_speedup", "prefill_speedup_ci",
-    "prefill_verdict", "smallest_resolved", "verdict", "overhead_ms", "captured", "explanation", "retention_verdicts", "axes",
-    "speculation", "targets_met",
-)  # fmt: skip
-
-
+SCHEMA = json.loads((Path(__file__).parent / "record.schema.json").read_text(encoding="utf-8"))
+RECORD_KEYS = tuple(SCHEMA["required"])  # every key, measured or not
 QUALITY_KEYS = (
     "perplexity", "perplexity_retention", "perplexity_retention_ci", "kl_divergence", "top1_agreement", "delta_nll",
     "delta_nll_ci",

@@ -17,11 +17,10 @@ from pathlib import Path
 import filelock
 import jsonschema
 
-from records import RECORD_KEYS, SCHEMA_VERSION, TARGETS, save_json, write_atomically
+from records import RECORD_KEYS, SCHEMA, SCHEMA_VERSION, TARGETS, save_json, write_atomically
 
 CONSOLIDATED = "consolidated_results.json"
 WORKING_FILES = ".cache"
-SCHEMA_FILE = Path(__file__).parent / "record.schema.json"
 RESULT_FILES = "*_results.json"
 # Of find.py, pruning_curve.py and layer_costs.py, which judge for themselves whether what they kept still holds.
 OTHERS_FILES = ("find_results.json", "equal_bytes_results.json", "layer_costs_results.json")
@@ -117,7 +116,7 @@ def read_json(path: Path) -> dict | None:
 
 def validate(record: dict) -> None:
     """Raises jsonschema.ValidationError if `record` breaks the committed schema."""
-    jsonschema.validate(record, json.loads(SCHEMA_FILE.read_text(encoding="utf-8")))
+    jsonschema.validate(record, SCHEMA)
 
 
 def is_valid(record: dict) -> bool:

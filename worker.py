@@ -67,7 +67,7 @@ class Job:
 
 
 class RecipeError(Exception):
-    """A recipe that ended: `status` is the record's (unsupported, oom, failed), the message its reason."""
+    """A recipe that ended: `status` is the record's (unsupported, oom, failed, interrupted), the message its reason."""
 
     def __init__(self, status: str, reason: str, details: str = ""):
         super().__init__(reason)
@@ -248,9 +248,8 @@ class _Worker:
             "weights_mb": benchmark.weight_bytes(self.model) / MB,
             "parameters": benchmark.count_parameters(self.model),
             "dtype": benchmark.main_dtype(self.model),
-            "evidence": benchmark.evidence(self.model),
+            "evidence": benchmark.evidence(self.model) | {"streamed_bytes": benchmark.streamed_bytes(self.model)},
             "notes": [*getattr(self.model, "notes", []), *compiled] or None,
-            "streamed_bytes": benchmark.streamed_bytes(self.model),
             "calibrated": CalibrationCache.saved > 0,
         }
 
@@ -259,17 +258,19 @@ class _Worker:
         release_memory(self.device)
 
     def memory(self) -> dict:
-        """Peaks of prefill and decode above the runtime, in a pass of its own, and what of the peak has a name."""
+        """Peaks of prefill and decode above the runtime, in a pass of its own, what of the peak has a name, and what is read
+        for a token."""
         work = self.job.workload
         measured = benchmark.measure_memory(self.model, self._inputs(), new_tokens=work.new_tokens, depth=work.depth)
         for phase in ("prefill_peak_mb", "decode_peak_mb"):
             self.phases[phase] = measured[phase] - self.runtime_mb
         peak = max(self.phases["prefill_peak_mb"], self.phases["decode_peak_mb"])
-        named = benchmark.weight_bytes(self.model) / MB + measured["kv_cache_mb"]
+        cache_mb, streamed_bytes = measured["kv_cache_mb"], benchmark.streamed_bytes(self.model)
+        named = benchmark.weight_bytes(self.model) / MB + cache_mb
         self.phases |= {"method": measured["method"], "interval_ms": measured["interval_ms"], "unnamed_mb": peak - named}
         return {
-            "peak_memory_mb": peak, "kv_cache_mb": measured["kv_cache_mb"], "memory_phases": self.phases,
-            "tokens_per_pass": measured["tokens_per_pass"],
+            "peak_memory_mb": peak, "kv_cache_mb": cache_mb, "memory_phases": self.phases,
+            "bytes_per_token": work.bytes_per_token(streamed_bytes, cache_mb, measured["tokens_per_pass"]),
         }  # fmt: skip
 
     def size(self) -> float | None:

@@ -11,16 +11,34 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Callable
 
 import torch
 
 from devices import require_float64
 from fitting.calibration_cache import CalibrationCache, show_progress
+from fitting.compensation import WRITERS, refit_in_order
 from fitting.divergence import Divergence, probe_windows
-from fitting.pruning_costs import RANKING_CODE, WRITERS, Ranking, input_moments, refitted_without
+from fitting.pruning_costs import RANKING_CODE, Ranking, cached_rankings, input_moments, refitted_without
 
 PROBES = 8
 MOVES = 72  # removals at most, each of as many steps as it takes
+
+
+def remove_and_refit(
+    model, windows: torch.Tensor, total: int, *, part: str, group: int, at_once: int, steps: int,
+    cut: Callable[[int, list[int]], dict[str, torch.Tensor]],
+) -> None:  # fmt: skip
+    """Of all layers' "attention" or "mlp" writers, choose `total` steps of removals, cut them out and refit what is left.
+
+    windows int64 [W, T] of calibration text; a step removes `at_once` groups of `group` inputs, a layer loses at most `steps`.
+    `cut(index, removed)` takes the groups `removed` out of one layer and returns what compensation.refit_in_order asks for.
+    """
+    rankings = cached_rankings(model, windows, part=part, group=group, at_once=at_once, steps=steps)
+    counts = cached_allocation(model, windows, rankings, total, part=part, group=group)
+    removed = [ranking.removed(taken) for ranking, taken in zip(rankings, counts, strict=True)]
+    cache = CalibrationCache.of(model, windows, part=part, removed=removed)
+    refit_in_order(model, windows, cut=lambda index: cut(index, removed[index]), cache=cache)
 
 
 def cached_allocation(model, windows: torch.Tensor, rankings: list[Ranking], total: int, *, part: str, group: int) -> list[int]:

@@ -134,18 +134,11 @@ def refit_tokens(config) -> int:
 
 
 @torch.inference_mode()
-def second_moments(run: Callable[[], None], layers: Iterable[torch.nn.Module]) -> list[torch.Tensor]:
-    """Mean of x x^T over all tokens that reach each of `layers` while `run()` runs: float32 [K, K] each, in order."""
-    layers = list(layers)
-    sums, counts = [0.0] * len(layers), [0] * len(layers)
+def watch_inputs(run: Callable[[], None], layers: Iterable[torch.nn.Module], take: Callable[[int, torch.Tensor], None]) -> None:
+    """Call `take(index, x)` with what reaches each of `layers` while `run()` runs, x float32 [tokens, K]."""
 
     def watch(index: int):
-        def hook(_module, inputs):
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-            sums[index] = sums[index] + x.T @ x
-            counts[index] += x.shape[0]
-
-        return hook
+        return lambda _module, inputs: take(index, inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float())
 
     handles = [layer.register_forward_pre_hook(watch(index)) for index, layer in enumerate(layers)]
     try:
@@ -153,4 +146,15 @@ def second_moments(run: Callable[[], None], layers: Iterable[torch.nn.Module]) -
     finally:
         for handle in handles:
             handle.remove()
+
+
+def second_moments(run: Callable[[], None], layers: list[torch.nn.Module]) -> list[torch.Tensor]:
+    """Mean of x x^T over all tokens that reach each of `layers` while `run()` runs: float32 [K, K] each, in order."""
+    sums, counts = [0.0] * len(layers), [0] * len(layers)
+
+    def take(index: int, x: torch.Tensor) -> None:
+        sums[index] = sums[index] + x.T @ x
+        counts[index] += len(x)
+
+    watch_inputs(run, layers, take)
     return [total / count for total, count in zip(sums, counts, strict=True)]

@@ -14,10 +14,10 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers.masking_utils import create_causal_mask
 
 from devices import require_float64
 from fitting.calibration_cache import CalibrationCache, show_progress
+from fitting.divergence import layer_arguments
 from fitting.refit import Regression, fit_ridge
 
 BATCH_WINDOWS = 4
@@ -49,13 +49,7 @@ def refit_in_order(
     require_float64(model.device)
     dense = model.model.embed_tokens(windows)
     pruned = dense.clone()
-    positions = torch.arange(windows.shape[1], device=windows.device)[None]
-    context = {
-        "position_embeddings": model.model.rotary_emb(dense, position_ids=positions),
-        "attention_mask": create_causal_mask(
-            config=model.config, inputs_embeds=dense[:1], attention_mask=None, past_key_values=None, position_ids=positions
-        ),
-    }
+    context = layer_arguments(model, dense)
     for index, layer in enumerate(layers):
         # The layer runs whole before it is cut, and both sublayers' targets are needed: one more copy, of one layer only.
         middle = _advance(dense, layer, "attention", context)
@@ -94,7 +88,7 @@ def _refit_writer(layer, part, pruned, target, columns, context, known: torch.Te
             moments = held_out if index % HELD_OUT_EVERY == HELD_OUT_EVERY // 2 or index == len(inputs) - 1 else train
             scale = goal.float().square().mean(-1, keepdim=True).clamp_min(TINY).rsqrt()
             moments.add(x[:, kept].float() * scale, (goal - rows - bias).float() * scale)
-        known = fit_ridge(train, held_out, writer.weight[:, kept])[0]
+        known = fit_ridge(train, held_out, writer.weight[:, kept])
     _set_weight(layer, part, known, columns)
     for rows, x in zip(pruned.split(BATCH_WINDOWS), inputs.split(BATCH_WINDOWS), strict=True):
         rows += writer(x)

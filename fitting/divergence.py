@@ -26,6 +26,15 @@ def probe_windows(windows: torch.Tensor, most: int = PROBES) -> torch.Tensor:
     return windows[:most, :PROBE_LENGTH]
 
 
+def layer_arguments(model, hidden: torch.Tensor) -> dict:
+    """What a decoder layer is called with besides hidden states [B, T, H] of windows without padding."""
+    positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+    mask = create_causal_mask(
+        config=model.config, inputs_embeds=hidden[:1], attention_mask=None, past_key_values=None, position_ids=positions
+    )
+    return {"position_embeddings": model.model.rotary_emb(hidden, position_ids=positions), "attention_mask": mask}
+
+
 class Divergence:
     """KL divergence of a changed model to what it was at construction, on a few windows [P, T], in nats per token.
 
@@ -40,13 +49,7 @@ class Divergence:
             raise ValueError("the output layer is no nn.Linear any more: prune before precision and quantization")
         self.model = model
         hidden = model.model.embed_tokens(probes)
-        positions = torch.arange(probes.shape[1], device=probes.device)[None]
-        self._context = {
-            "position_embeddings": model.model.rotary_emb(hidden, position_ids=positions),
-            "attention_mask": create_causal_mask(
-                config=model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=positions
-            ),
-        }
+        self._arguments = layer_arguments(model, hidden)
         self._entering = [hidden]
         self.follow()
         self._answers = [self.model.model.norm(rows).float() for rows in self._entering[-1]]
@@ -77,7 +80,7 @@ class Divergence:
 
     def _run(self, layer, hidden: torch.Tensor) -> torch.Tensor:
         with fast_products(hidden.device):
-            return layer(hidden, **self._context)
+            return layer(hidden, **self._arguments)
 
 
 def asked_tokens(

@@ -27,18 +27,18 @@ def gptq(
     *,
     group_size: int,
     damping: float = 0.01,
-    act_order: bool = False,
     grid: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Form:
     """Rounds to int4 so that the layer's output changes little on inputs with the given second moments.
+
+    Inputs are visited by falling second moment (act-order). The groups stay runs of consecutive inputs, so their grids are
+    fixed beforehand from the weights as they came (static groups).
 
     Args:
         weight: floating point [N, K]. float64 is computed in float64, all else in float32.
         moments: float32 [K, K], mean of x x^T. Inputs that are always 0 are rounded to nearest.
         group_size: consecutive inputs per scale.
         damping: share of the mean diagonal that is added to the diagonal.
-        act_order: visit inputs by falling second moment. The groups stay runs of consecutive inputs, so their grids are
-            fixed beforehand from the weights as they came (static groups).
         grid: scale and minimum, bfloat16 [N, G], to round to instead of ones found here.
 
     Returns:
@@ -47,19 +47,15 @@ def gptq(
     dtype = torch.promote_types(weight.dtype, torch.float32)
     k, device = weight.shape[1], weight.device
     damped = damp(moments.to(dtype), damping)
-    order = damped.diagonal().argsort(descending=True, stable=True) if act_order else torch.arange(k, device=device)
-    scale, minimum = (part.clone() for part in grid or quantize_int4(weight, group_size)[1:])
+    order = damped.diagonal().argsort(descending=True, stable=True)
+    scale, minimum = grid or quantize_int4(weight, group_size)[1:]
     upper = _factor_of_inverse(damped[order][:, order])
     # One row per input: what is updated at every step is then contiguous.
     work = weight.detach().to(dtype)[:, order].T.contiguous()
     codes = torch.empty(work.shape, dtype=torch.uint8, device=device)
-    # Within a block errors are spread one by one; the inputs after it learn of them in one product. Blocks as large as
-    # groups: a group that begins has heard of all errors before it.
+    # Within a block errors are spread one by one; the inputs after it learn of them in one product.
     for first in range(0, k, group_size):
         last = min(first + group_size, k)
-        if not act_order and grid is None:
-            _, scale_here, minimum_here = quantize_int4(work[first:last].T, group_size)
-            scale[:, first // group_size], minimum[:, first // group_size] = scale_here[:, 0], minimum_here[:, 0]
         groups = order[first:last] // group_size
         scales, minimums = scale.to(dtype).T[groups], minimum.to(dtype).T[groups]
         errors = torch.empty(last - first, work.shape[1], dtype=dtype, device=device)
@@ -73,20 +69,14 @@ def gptq(
     return codes.T.contiguous(), scale, minimum
 
 
-def gptq_reference(
-    weight: torch.Tensor, moments: torch.Tensor, *, group_size: int, damping: float = 0.01, act_order: bool = False
-) -> Form:
+def gptq_reference(weight: torch.Tensor, moments: torch.Tensor, *, group_size: int, damping: float = 0.01) -> Form:
     """The slow twin of gptq: the update of the paper word for word, the inverse itself shrunk after every input (eq. 3)."""
-    work, k = weight.detach().double().clone(), weight.shape[1]
+    work = weight.detach().double().clone()
     damped = damp(moments.double(), damping)
     inverse = torch.linalg.inv(damped)
     codes, scale, minimum = quantize_int4(work, group_size)
-    order = damped.diagonal().argsort(descending=True, stable=True).tolist() if act_order else range(k)
-    for j in order:
+    for j in damped.diagonal().argsort(descending=True, stable=True).tolist():
         group = j // group_size
-        if not act_order and j % group_size == 0:
-            _, s, m = quantize_int4(work[:, j : j + group_size], group_size)
-            scale[:, group], minimum[:, group] = s[:, 0], m[:, 0]
         level = round_to_levels(work[:, j, None], scale[:, group], minimum[:, group])[:, 0]
         codes[:, j] = level.to(torch.uint8)
         error = work[:, j] - (level * scale[:, group].double() + minimum[:, group].double())
@@ -97,9 +87,9 @@ def gptq_reference(
 
 
 def gptq_refined(weight: torch.Tensor, moments: torch.Tensor, *, group_size: int, damping: float = 0.01) -> Form:
-    """gptq by falling second moment, then grid and codes improved in turn. Arguments and result as in gptq."""
+    """gptq, then grid and codes improved in turn. Arguments and result as in gptq."""
     damped = damp(moments.float(), damping)
-    options = {"group_size": group_size, "damping": damping, "act_order": True}
+    options = {"group_size": group_size, "damping": damping}
     codes, scale, minimum = gptq(weight, moments, **options)
     grid = refit_grid(weight, damped, codes, scale, minimum, group_size)
     codes, scale, minimum = gptq(weight, moments, grid=grid, **options)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fitting.calibration import watch_inputs
 from fitting.calibration_cache import CalibrationCache
 from kernels.modules import is_tied
 
@@ -59,24 +60,14 @@ def _copied_channels(attention) -> torch.Tensor:
     return channels[kv_of_head].flatten()
 
 
-@torch.inference_mode()
 def input_absmax(run: Callable[[], None], seams: list[Seam]) -> list[torch.Tensor]:
     """Largest absolute input per channel of each seam's readers while `run()` runs: float32 [K] each, in order."""
     largest = [torch.zeros(seam.readers[0].in_features, device=seam.readers[0].weight.device) for seam in seams]
 
-    def watch(index: int):
-        def hook(_module, inputs):
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).float()
-            torch.maximum(largest[index], x.abs().amax(0), out=largest[index])
+    def take(index: int, x: torch.Tensor) -> None:
+        torch.maximum(largest[index], x.abs().amax(0), out=largest[index])
 
-        return hook
-
-    handles = [seam.readers[0].register_forward_pre_hook(watch(index)) for index, seam in enumerate(seams)]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch_inputs(run, [seam.readers[0] for seam in seams], take)
     return largest
 
 

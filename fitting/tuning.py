@@ -16,28 +16,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from devices import has_half_arithmetic
+from fitting.blockwise import RoundedInputs, RoundedLinear
 from fitting.calibration_cache import show_progress
 from fitting.healing import Teacher, held_out_and_trained
-from kernels.half import HalfTable
 from kernels.int4 import LEVELS, Form
 from kernels.int8 import dequantize_groups, quantize_groups
+from kernels.modules import SharedTable
 
 HELD_OUT_MOST = 4
 LEARNING_RATE = 3e-3  # of a step between two levels, or of the mean weight of a norm, at each optimizer step
 WIDE_APART = 0.12  # nats per token from the float model: nearer ones, with less to gain, learn slower in proportion
 CHECKS = 2  # held-out readings, spread evenly over the steps
-
-
-class _RoundedInputs(torch.autograd.Function):
-    """x [..., K] as int8 groups show it; the gradient passes as if nothing had been rounded (straight-through)."""
-
-    @staticmethod
-    def forward(_ctx, x: torch.Tensor, group_size: int, dtype: torch.dtype) -> torch.Tensor:
-        return dequantize_groups(*quantize_groups(x, group_size), group_size).to(dtype)
-
-    @staticmethod
-    def backward(_ctx, gradient: torch.Tensor):
-        return gradient, None, None
 
 
 class _GridProduct(torch.autograd.Function):
@@ -110,7 +99,7 @@ class TunableLinear(nn.Module):
         return (self.levels.short().add_(LEVELS) // 2).to(torch.uint8), *self.stored()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rounded = _RoundedInputs.apply(x, self.group_size, self.dtype).flatten(0, -2)
+        rounded = RoundedInputs.apply(x, self.group_size, self.dtype).flatten(0, -2)
         out = _GridProduct.apply(rounded, self.levels, *self.grid(), self.group_size).unflatten(0, x.shape[:-1]).to(x.dtype)
         return out if self.bias is None else out + self.bias
 
@@ -120,26 +109,9 @@ class TunableLinear(nn.Module):
         return on_grid(self.levels[chosen], scale[chosen], center[chosen], self.group_size).unflatten(0, flat)
 
 
-class _FrozenInt8(nn.Module):
-    """An int8 layer as it is, int8 inputs included, that lets gradients through."""
-
-    def __init__(self, linear: nn.Linear, group_size: int, dtype: torch.dtype):
-        super().__init__()
-        self.group_size, self.bias = group_size, linear.bias
-        weight = dequantize_groups(*quantize_groups(linear.weight, group_size, torch.bfloat16), group_size)
-        self.register_buffer("weight", weight.to(dtype))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = F.linear(_RoundedInputs.apply(x, self.group_size, self.weight.dtype), self.weight).to(x.dtype)
-        return out if self.bias is None else out + self.bias
-
-    def rows(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.weight[ids].float()
-
-
 def tune(
     model, ids: torch.Tensor, forms: dict[str, Form], *, group_size: int, steps: int, tied: bool
-) -> tuple[dict[str, Form], dict[str, torch.Tensor]]:  # fmt: skip
+) -> tuple[dict[str, Form], dict[str, torch.Tensor]]:
     """The forms by layer name and the weights of norms by parameter name after `steps` optimizer steps, a window each.
 
     The model is handed back as it was.
@@ -158,10 +130,10 @@ def tune(
     embedding = model.get_input_embeddings()
     try:
         for name, linear in originals.items():
-            tunable = TunableLinear(linear, forms[name], group_size, dtype) if name in forms else None
-            model.set_submodule(name, tunable or _FrozenInt8(linear, group_size, dtype))
+            model.set_submodule(name, TunableLinear(linear, forms[name], group_size, dtype) if name in forms
+                                else _int8(linear, group_size, dtype))  # fmt: skip
         if tied:
-            model.set_input_embeddings(HalfTable(model.lm_head))
+            model.set_input_embeddings(SharedTable(model.lm_head))
         first, last = _train(model, teacher, list(norms.values()), steps=steps)
         tuned = {name: model.get_submodule(name).form() for name in forms}
         learnt = {name: norm.detach().clone() for name, norm in norms.items()}
@@ -174,6 +146,11 @@ def tune(
                 norm.requires_grad_(False).copy_(exact[name])
     print(f"int4: held-out KL to the float model {first:.4f} -> {last:.4f} nats per token", file=sys.stderr, flush=True)
     return tuned, learnt
+
+
+def _int8(linear: nn.Linear, group_size: int, dtype: torch.dtype) -> RoundedLinear:
+    weight = dequantize_groups(*quantize_groups(linear.weight, group_size, torch.bfloat16), group_size)
+    return RoundedLinear(linear, weight, group_size, dtype)
 
 
 def _train(model, teacher: Teacher, norms: list, *, steps: int) -> tuple[float, float]:

@@ -35,15 +35,13 @@ def load_kernels() -> str | None:
         this process, except that TINYOPT_NO_KERNELS=1 is obeyed at every call. With TINYOPT_SANITIZE=1 they are compiled
         to end the process at the first access out of bounds or undefined operation (`make sanitize`).
     """
-    if os.environ.get("TINYOPT_NO_KERNELS") == "1":
-        return "C++ kernels are switched off by TINYOPT_NO_KERNELS=1"
-    return _load_once()
+    return _switched_off("C++ kernels are ") or _load_once()
 
 
 def no_kernels(device: torch.device) -> str | None:
     """Why this machine has no kernels for `device`, as far as that shows without compiling anything; else None."""
-    if os.environ.get("TINYOPT_NO_KERNELS") == "1":
-        return "switched off by TINYOPT_NO_KERNELS=1"
+    if off := _switched_off():
+        return off
     if device.type == "cuda" and not find_spec("triton"):
         return NO_TRITON
     try:
@@ -55,9 +53,11 @@ def no_kernels(device: torch.device) -> str | None:
 
 def gpu_kernels() -> str | None:
     """None where a CUDA device can run the Triton kernels, which compile themselves, else one sentence with the reason."""
-    if os.environ.get("TINYOPT_NO_KERNELS") == "1":
-        return "Triton kernels are switched off by TINYOPT_NO_KERNELS=1"
-    return _try_gpu_kernels()
+    return _switched_off("Triton kernels are ") or _try_gpu_kernels()
+
+
+def _switched_off(which: str = "") -> str | None:
+    return f"{which}switched off by TINYOPT_NO_KERNELS=1" if os.environ.get("TINYOPT_NO_KERNELS") == "1" else None
 
 
 @cache

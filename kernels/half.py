@@ -53,19 +53,6 @@ class HalfLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, {self.weight.dtype}, native={self.native}"
 
 
-class HalfTable(nn.Module):
-    """The embedding table of a tied model: looks up float32 rows in the weight of lm_head."""
-
-    logical_parameters = 0  # lm_head's
-
-    def __init__(self, shared: HalfLinear):
-        super().__init__()
-        self.shared = shared
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.shared.rows(ids)
-
-
 class CastAfter(nn.Module):
     """Run `inner` (an RMSNorm, the rotary table) in its own precision and hand its result on in `dtype`.
 

@@ -58,26 +58,23 @@ class Int4Linear(nn.Module):
 
 
 class Int4Table(nn.Module):
-    """An embedding table in int4 rows; `shared` is the lm_head (anything with `rows`) it looks up in where the two are tied."""
+    """An embedding table in int4 rows."""
 
-    def __init__(self, source: nn.Embedding, *, group_size: int, shared: nn.Module | None = None):
+    def __init__(self, source: nn.Embedding, *, group_size: int):
         super().__init__()
-        self.shared, self.group_size, self.width = shared, group_size, source.embedding_dim
-        self.logical_parameters = 0 if shared is not None else source.weight.numel()
-        if shared is None:
+        self.group_size, self.width = group_size, source.embedding_dim
+        self.logical_parameters = source.weight.numel()
 
-            def convert(rows: slice) -> tuple[torch.Tensor, ...]:
-                codes, scale, minimum = quantize_int4(rows_of(source.weight, rows), group_size)
-                return pack_nibbles(codes), scale, minimum
+        def convert(rows: slice) -> tuple[torch.Tensor, ...]:
+            codes, scale, minimum = quantize_int4(rows_of(source.weight, rows), group_size)
+            return pack_nibbles(codes), scale, minimum
 
-            weight, scale, minimum = by_rows(source.weight.shape, convert)
-            self.register_buffer("weight", weight)
-            self.register_buffer("scale", scale)
-            self.register_buffer("minimum", minimum)
+        weight, scale, minimum = by_rows(source.weight.shape, convert)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
+        self.register_buffer("minimum", minimum)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Rows for `ids` [...]: float32 [..., width]."""
-        if self.shared is not None:
-            return self.shared.rows(ids)
         codes = unpack_nibbles(self.weight[ids], self.width)
         return dequantize_int4(codes, self.scale[ids], self.minimum[ids], self.group_size)

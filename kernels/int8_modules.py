@@ -59,24 +59,20 @@ class Int8Linear(nn.Module):
 
 
 class Int8Table(nn.Module):
-    """An embedding table in int8 rows; `shared` is the lm_head whose weights it looks up where the two are tied."""
+    """An embedding table in int8 rows."""
 
-    def __init__(self, source: nn.Embedding, *, group_size: int | None, shared: Int8Linear | None = None):
+    def __init__(self, source: nn.Embedding, *, group_size: int | None):
         super().__init__()
-        self.shared = shared
         self.group_size = group_size or source.embedding_dim
-        self.logical_parameters = 0 if shared is not None else source.weight.numel()
-        if shared is None:
-            weight, scale = by_rows(
-                source.weight.shape,
-                lambda rows: quantize_groups(rows_of(source.weight, rows), self.group_size, torch.bfloat16),
-            )
-            self.register_buffer("weight", weight)
-            self.register_buffer("scale", scale)
+        self.logical_parameters = source.weight.numel()
+        weight, scale = by_rows(
+            source.weight.shape,
+            lambda rows: quantize_groups(rows_of(source.weight, rows), self.group_size, torch.bfloat16),
+        )
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        if self.shared is not None:
-            return self.shared.rows(ids)
         return dequantize_groups(self.weight[ids], self.scale[ids], self.group_size)
 
 

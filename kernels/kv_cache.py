@@ -103,12 +103,6 @@ class RoomyLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._change(lambda tensor: tensor[indices])
 
-    def offload(self) -> None:
-        self._change(lambda tensor: tensor.to("cpu"))
-
-    def prefetch(self) -> None:
-        self._change(lambda tensor: tensor.to(self.device))
-
     def _change(self, function) -> None:
         if self.is_initialized:
             for name in self.STORED:

@@ -33,13 +33,11 @@ from torch import nn
 
 import cli
 from arguments import ratio
-from fitting import calibration, healing, pruning_costs
-from fitting.allocation import cached_allocation
-from fitting.calibration_cache import CalibrationCache
-from fitting.compensation import refit_in_order
+from fitting import calibration, healing
+from fitting.allocation import remove_and_refit
 from inference import Inference
 from kernels.attention import use_grouped_heads
-from kernels.modules import check_not_lean, cut_linear
+from kernels.modules import add_notes, check_not_lean, cut_linear
 
 METHODS = ("l2", "energy", "calibrated")
 EVENNESS_TOLERANCE = 0.05
@@ -83,9 +81,9 @@ def apply(
     verb = "zeroed" if mode == "mask" else "removed"
     how = "" if method == "l2" else f", {method} on {calibration_text} text"
     note = f"{verb} {removed} of {total} query heads ({removed / total:.1%}; asked for {prune_ratio:.1%}{how})"
-    model.notes = [*getattr(model, "notes", []), note]
+    add_notes(model, note)
     if teacher:
-        model.notes.append(healing.heal(model, teacher, minutes=heal_minutes))
+        add_notes(model, healing.heal(model, teacher, minutes=heal_minutes))
     return model
 
 
@@ -127,19 +125,15 @@ def _remove_calibrated(model, windows: torch.Tensor, prune_ratio: float, mode: s
     if any(count_query_heads(attention) != heads for attention in attentions):
         raise ValueError("this model's layers differ in heads already: apply head_pruning once")
     count = _calibrated_count(heads, len(attentions), prune_ratio)
-    rankings = pruning_costs.cached_rankings(model, windows, part="attention", group=head_dim, at_once=1, steps=heads - 1)
-    counts = cached_allocation(model, windows, rankings, count, part="attention", group=head_dim)
-    removed = [ranking.removed(steps) for ranking, steps in zip(rankings, counts, strict=True)]
 
-    def cut(index: int) -> dict[str, torch.Tensor]:
-        gone, attention = removed[index], attentions[index]
+    def cut(index: int, gone: list[int]) -> dict[str, torch.Tensor]:
         kept = [head for head in range(heads) if head not in gone]
         if gone:
-            _take_away(model, attention, kept, mode)
+            _take_away(model, attentions[index], kept, mode)
         masked = mode == "mask" and gone
         return {"attention": _head_rows(torch.tensor(kept, device=model.device), head_dim)} if masked else {}
 
-    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, heads=removed))
+    remove_and_refit(model, windows, count, part="attention", group=head_dim, at_once=1, steps=heads - 1, cut=cut)
     return count
 
 

@@ -5,9 +5,8 @@ Idea    A weight is code * scale + minimum, code in 0..15, scale and minimum in 
         weight to its nearest code costs a small model a fifth of its quality. GPTQ, the default, rounds one input after another
         and makes good each error in the weights not yet rounded, weighed by the second moments of the layer's inputs on
         calibration text; then grid and codes are improved in turn. Blocks are visited in order, and each layer is rounded for
-        the inputs that the rounded layers before it give; with `--correction` its weights first move towards those giving the
-        float model's outputs on these inputs. At last scales, minimums and norms learn the float model's answers for
-        `--tune-steps` steps; codes stay. The model writes a quarter of the calibration text, the rest is of up to four
+        the inputs that the rounded layers before it give. At last scales, minimums and norms learn the float model's answers
+        for `--tune-steps` steps; codes stay. The model writes a quarter of the calibration text, the rest is of up to four
         kinds: what is learnt shall not hold for news alone. The result is cached in ~/.cache/tinyllama-optimization; where it
         is found there, layers are taken from it block by block, and the float model is never in memory.
 Mixed   `--int8-layers auto` gives the layers whose rounding raises the loss most per bit int8 instead, as far as
@@ -20,7 +19,6 @@ Loses   Quality, against int8, and more of it on text unlike the calibration tex
         nearest.
 Papers  Frantar et al. 2022 (GPTQ): https://arxiv.org/abs/2210.17323
         Behdin et al. 2023 (QuantEase, codes improved in turn): https://arxiv.org/abs/2309.01885
-        Arai and Ichikawa 2025 (QEP, the correction): https://arxiv.org/abs/2504.09629
         Chen et al. 2024 (EfficientQAT, tuning the grid end to end): https://arxiv.org/abs/2407.11062
         Dong et al. 2020 (HAWQ-V2, which layers need more bits): https://arxiv.org/abs/1911.03852
 Writes  int4_results.json beside the baseline's, and charts, in the results folder.
@@ -54,20 +52,20 @@ from kernels.gated_mlp import use_gated_mlps
 from kernels.int4 import GROUP_SIZES, nearest_change
 from kernels.int4_modules import Int4Linear, Int4Table
 from kernels.int8_modules import Int8Linear, Int8Table
-from kernels.modules import check_not_lean, is_tied, replace_linears
+from kernels.modules import SharedTable, add_notes, check_not_lean, is_tied, replace_linears
+from models import set_parameter
 from streaming import read_weights, streams
 
 TABLE = "model.embed_tokens"
 SENSITIVITY_TOKENS = 2048
 ROUNDING_CODE = ("gptq.py", "blockwise.py", "int4.py", "int8.py")  # a change of the maths is a change of the codes
-TUNING_CODE = ("tuning.py", "divergence.py", "healing.py", "int4.py", "int8.py")
+TUNING_CODE = ("tuning.py", "blockwise.py", "divergence.py", "healing.py", "int4.py", "int8.py")
 
 
 @streams
 def apply(
     model, *, group_size: int = 64, rounding: str = "gptq", int8_layers: str = "auto", max_bits: float = 4.6,
-    damping: float = 0.01, correction: float = 0.0, calibration_tokens: int = 16384,
-    generated_share: float = 0.25, tune_steps: int = 96,
+    damping: float = 0.01, calibration_tokens: int = 16384, generated_share: float = 0.25, tune_steps: int = 96,
 ):  # fmt: skip
     """Quantise in place; sets `model.effective_bits`, stored bits per weight over linear layers and embedding.
 
@@ -78,8 +76,7 @@ def apply(
     check_not_lean(model)
     check(
         model.config, group_size=group_size, rounding=rounding, int8_layers=int8_layers, max_bits=max_bits,
-        damping=damping, correction=correction, calibration_tokens=calibration_tokens, generated_share=generated_share,
-        tune_steps=tune_steps,
+        damping=damping, calibration_tokens=calibration_tokens, generated_share=generated_share, tune_steps=tune_steps,
     )  # fmt: skip
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     if len(linears) != 1 + sum(len(stage) for layer in model.model.layers for stage in stages_of(layer)):
@@ -95,8 +92,7 @@ def apply(
     forms, norms = {}, {}
     if rounding == "gptq":
         ids = text(tokens=calibration_tokens)
-        options = {"group_size": group_size, "damping": damping, "correction": correction}
-        cache, forms = _gptq_forms(model, ids, tied=tied, **options)
+        cache, forms = _gptq_forms(model, ids, tied=tied, group_size=group_size, damping=damping)
         if tune_steps:
             ids = text(tokens=(tune_steps + HELD_OUT_MOST) * calibration.WINDOW)
             options = {"int8": upgraded, "steps": tune_steps, "group_size": group_size, "tied": tied}
@@ -113,22 +109,21 @@ def apply(
 
     replace_linears(model, make)
     for name, weight in norms.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+        set_parameter(model, name, nn.Parameter(weight, requires_grad=False))
     table = Int8Table if TABLE in upgraded else Int4Table
-    shared = model.lm_head if tied else None
-    model.set_input_embeddings(table(model.get_input_embeddings(), group_size=group_size, shared=shared))
+    embedding = model.get_input_embeddings()
+    model.set_input_embeddings(SharedTable(model.lm_head) if tied else table(embedding, group_size=group_size))
     use_grouped_heads(model)
     use_gated_mlps(model)
     model.effective_bits = effective_bits(model)
     kinds = f"{len(upgraded)} of {layers + (not tied)} in int8" + (f" ({_summary(upgraded)})" if upgraded else "")
     notes.insert(0, f"int4 in groups of {group_size}, {rounding}: {model.effective_bits:.2f} bits a weight, {kinds}")
-    model.notes = [*getattr(model, "notes", []), *notes]
+    add_notes(model, *notes)
     return model
 
 
 def check(
-    config, *, group_size: int, rounding: str, int8_layers: str, max_bits: float, damping: float, correction: float,
+    config, *, group_size: int, rounding: str, int8_layers: str, max_bits: float, damping: float,
     calibration_tokens: int, generated_share: float, tune_steps: int,
 ) -> None:  # fmt: skip
     """What can be known before weights are loaded. Raises ValueError naming the flag."""
@@ -140,8 +135,6 @@ def check(
         raise ValueError(f"--max-bits {max_bits:g}: int4 in groups of {group_size} takes {4 + 32 / group_size:g} or more")
     if not 0 < damping < 1:
         raise ValueError(f"--damping {damping:g}: choose a number between 0 and 1, e.g. 0.01")
-    if not 0 <= correction <= 1:
-        raise ValueError(f"--correction {correction:g}: choose a number from 0 to 1")
     if calibration_tokens < 512:
         raise ValueError(f"--calibration-tokens {calibration_tokens}: choose 512 or more")
     if not 0 <= generated_share <= 1:
@@ -267,8 +260,6 @@ def main(argv: list[str] | None = None) -> int:
         help="effective bits a weight up to which auto chooses (default: %(default)s)")  # fmt: skip
     parser.add_argument("--damping", type=float, default=defaults["damping"],
         help="GPTQ: share of the mean second moment added to each, 0.05 for a tied lm_head (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--correction", type=float, default=defaults["correction"],
-        help="GPTQ: share of the earlier layers' errors that each layer makes good (default: %(default)s)")  # fmt: skip
     parser.add_argument("--calibration-tokens", type=int, default=defaults["calibration_tokens"], help="default: %(default)s")
     parser.add_argument("--generated-share", type=float, default=defaults["generated_share"],
         help="share of the calibration windows that the model writes itself (default: %(default)s)")  # fmt: skip

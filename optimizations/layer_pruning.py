@@ -24,7 +24,7 @@ from fitting import calibration
 from fitting.calibration_cache import CalibrationCache, show_progress
 from fitting.divergence import Divergence, probe_windows
 from inference import Inference
-from kernels.modules import check_not_lean
+from kernels.modules import add_notes, check_not_lean
 
 WHAT = ("attention", "blocks")
 
@@ -50,7 +50,7 @@ def apply(model, *, what: str = "attention", count: int = 2):
     name = ("attention sublayer" if what == "attention" else "block") + ("s" if count > 1 else "")
     which = ", ".join(map(str, sorted(gone)))
     note = f"removed {count} {name} ({which}): KL on calibration text about {costs[-1]:.4f} nats per token"
-    model.notes = [*getattr(model, "notes", []), note]
+    add_notes(model, note)
     return model
 
 

@@ -29,6 +29,7 @@ from inference import Inference
 from kernels.build import cpu_variant, gpu_kernels, load_kernels
 from kernels.kv_cache import RoomyCache, RoomyLayer, use_cache
 from kernels.lean import LeanForward, use_lean_forward
+from kernels.modules import add_notes
 
 
 class Float32Layer(RoomyLayer):
@@ -65,7 +66,7 @@ def apply(model, *, kv_dtype: str = "bfloat16"):
     elif model.device.type == "cuda":
         how = gpu_kernels() or "Triton kernels in a CUDA graph for few tokens, PyTorch's own for many"
     note = f"lean forward: {lean.fused} fused products, KV cache {model.make_cache.__name__}; {how}"
-    model.notes = [*getattr(model, "notes", []), note]
+    add_notes(model, note)
     return model
 
 

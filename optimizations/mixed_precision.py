@@ -27,8 +27,8 @@ from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.build import cpu_variant, load_kernels
 from kernels.gated_mlp import use_gated_mlps
-from kernels.half import CastAfter, HalfLinear, HalfTable
-from kernels.modules import check_not_lean, is_tied, replace_linears
+from kernels.half import CastAfter, HalfLinear
+from kernels.modules import SharedTable, add_notes, check_not_lean, is_tied, replace_linears
 from streaming import read_weights, streams
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -48,14 +48,14 @@ def apply(model, *, dtype: str = "auto", untie: bool = False):
     tied = is_tied(model)
     if tied and not untie:
         model.lm_head = HalfLinear(model.lm_head, dtype=half, native=native)
-        model.set_input_embeddings(HalfTable(model.lm_head))
+        model.set_input_embeddings(SharedTable(model.lm_head))
     replace_linears(model, lambda _, linear: HalfLinear(linear, dtype=half, native=native))
     read_weights(model)  # the table, where it stays float32
     if native:
         _cast_where_dtypes_meet(model, half)
     use_grouped_heads(model)
     use_gated_mlps(model)
-    model.notes = [*getattr(model, "notes", []), how + _table_note(tied, untie)]
+    add_notes(model, how + _table_note(tied, untie))
     return model
 
 

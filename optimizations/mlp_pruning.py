@@ -26,12 +26,10 @@ from torch import nn
 
 import cli
 from arguments import ratio
-from fitting import calibration, healing, pruning_costs
-from fitting.allocation import cached_allocation
-from fitting.calibration_cache import CalibrationCache
-from fitting.compensation import refit_in_order
+from fitting import calibration, healing
+from fitting.allocation import remove_and_refit
 from inference import Inference
-from kernels.modules import check_not_lean, cut_linear
+from kernels.modules import add_notes, check_not_lean, cut_linear
 
 PANEL = 16  # channels that go together
 MOST = 0.75  # of a layer's width
@@ -55,24 +53,22 @@ def apply(model, *, prune_ratio: float = 0.1, heal_minutes: float = 0.0, calibra
     panels = _panels_to_remove(width, len(mlps), prune_ratio)
     windows = calibration.refit_windows(model, calibration_text)
     teacher = healing.Teacher(model, calibration.healing_windows(model, calibration_text)) if heal_minutes else None
-    steps = int(MOST * width) // PANEL
-    rankings = pruning_costs.cached_rankings(model, windows, part="mlp", group=1, at_once=PANEL, steps=steps)
-    counts = cached_allocation(model, windows, rankings, panels, part="mlp", group=1)
-    removed = [ranking.removed(steps) for ranking, steps in zip(rankings, counts, strict=True)]
 
-    def cut(index: int) -> dict[str, torch.Tensor]:
-        if gone := set(removed[index]):
-            keep_channels(mlps[index], torch.tensor([channel for channel in range(width) if channel not in gone]))
+    def cut(index: int, gone: list[int]) -> dict[str, torch.Tensor]:
+        if gone:
+            kept = sorted(set(range(width)) - set(gone))
+            keep_channels(mlps[index], torch.tensor(kept))
         return {}
 
-    refit_in_order(model, windows, cut=cut, cache=CalibrationCache.of(model, windows, channels=removed))
+    steps = int(MOST * width) // PANEL
+    remove_and_refit(model, windows, panels, part="mlp", group=1, at_once=PANEL, steps=steps, cut=cut)
     left = [mlp.down_proj.in_features for mlp in mlps]
     share = 1 - sum(left) / (width * len(mlps))
     how = f"asked for {prune_ratio:.1%}, calibrated on {calibration_text} text"
     note = f"removed {share:.1%} of the MLP channels ({how}); {min(left)} to {max(left)} of {width} are left"
-    model.notes = [*getattr(model, "notes", []), note]
+    add_notes(model, note)
     if teacher:
-        model.notes.append(healing.heal(model, teacher, minutes=heal_minutes))
+        add_notes(model, healing.heal(model, teacher, minutes=heal_minutes))
     return model
 
 

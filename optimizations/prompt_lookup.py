@@ -32,6 +32,7 @@ import benchmark
 import cli
 from devices import Unsupported
 from inference import Inference
+from kernels.modules import add_notes
 from kernels.step import FEW_ROWS
 
 LONGEST_MATCH = 64  # longer ones are not told apart: the latest wins
@@ -58,7 +59,7 @@ def apply(model, *, draft_tokens: int = 10, ngram: int = 2):
     exact = "bit for bit as single ones: the output is plain greedy decoding's"
     close = f"within {largest:.1g} of single ones' logits, and alone where the best two are nearer than {doubt:.1g}"
     note = f"drafts of up to {draft_tokens} tokens after {ngram} or more that recur, judged {close if largest else exact}"
-    model.notes = [*getattr(model, "notes", []), note]
+    add_notes(model, note)
     return model
 
 

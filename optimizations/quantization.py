@@ -36,7 +36,7 @@ from inference import Inference
 from kernels.attention import use_grouped_heads
 from kernels.gated_mlp import use_gated_mlps
 from kernels.int8_modules import ClassicLinear, Int8Linear, Int8Table, kernel_note
-from kernels.modules import check_not_lean, is_tied, replace_linears
+from kernels.modules import SharedTable, add_notes, check_not_lean, is_tied, replace_linears
 from streaming import read_weights, streams
 
 LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head"}
@@ -76,7 +76,7 @@ def apply(
     if smoothing:
         read_weights(model)
         note = smooth(model, calibration_ids(model, tokens=CALIBRATION_TOKENS), smoothing)
-        model.notes = [*getattr(model, "notes", []), note]
+        add_notes(model, note)
     in_float, fine = LAYERS if scheme == "weight-only" else _names(float_activations), _names(fine_layers)
     group = group_size if scheme == "grouped" else None
 
@@ -87,13 +87,13 @@ def apply(
 
     replace_linears(model, make)
     if embeddings == "int8":
-        shared = model.lm_head if tied else None
-        model.set_input_embeddings(Int8Table(model.get_input_embeddings(), group_size=group, shared=shared))
+        embedding = model.get_input_embeddings()
+        model.set_input_embeddings(SharedTable(model.lm_head) if tied else Int8Table(embedding, group_size=group))
     read_weights(model)  # the table, where it stays float32
     use_grouped_heads(model)
     use_gated_mlps(model)
     table = "" if not tied else "; tied table shared as int8" if embeddings == "int8" else "; table untied, float32 copy kept"
-    model.notes = [*getattr(model, "notes", []), f"int8 {scheme}: {kernel_note(model.device, scheme)}{table}"]
+    add_notes(model, f"int8 {scheme}: {kernel_note(model.device, scheme)}{table}")
     return model
 
 
@@ -143,7 +143,7 @@ def _apply_classic(model):
         replace_linears(model, lambda _, linear: ClassicLinear(linear))
     read_weights(model)
     note = f"torch.ao dynamic quantisation, engine {torch.backends.quantized.engine}; embeddings stay float32"
-    model.notes = [*getattr(model, "notes", []), note]
+    add_notes(model, note)
     return model
 
 

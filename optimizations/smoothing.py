@@ -24,7 +24,7 @@ import cli
 from fitting import calibration
 from fitting.smoothing import CALIBRATION_TOKENS, STRENGTH, smooth
 from inference import Inference
-from kernels.modules import check_not_lean
+from kernels.modules import add_notes, check_not_lean
 
 
 def apply(model, *, strength: float = STRENGTH, calibration_tokens: int = CALIBRATION_TOKENS):
@@ -39,7 +39,7 @@ def apply(model, *, strength: float = STRENGTH, calibration_tokens: int = CALIBR
     if any(type(linear) is not nn.Linear for linear in linears):
         raise ValueError("no factor folds into quantized or half-precision layers: run smoothing before them")
     note = smooth(model, calibration.calibration_ids(model, tokens=calibration_tokens), strength)
-    model.notes = [*getattr(model, "notes", []), note]
+    add_notes(model, note)
     model.smoothed = True  # quantization would do it again, at its own strength, and undo this one
     return model
 

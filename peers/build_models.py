@@ -16,6 +16,7 @@ Runs in the peers' environment, with the repository on the path; the other scrip
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sys
@@ -151,15 +152,11 @@ def convert_ctranslate2(target: Path, model_dir: Path, seed: int) -> None:
     ctranslate2.converters.TransformersConverter(str(source)).convert(str(target), quantization="int8")
 
 
-def _with(builder: Callable, **options) -> Callable:
-    return lambda *arguments: builder(*arguments, **options)
-
-
 BUILDERS: dict[str, Callable[[Path, Path, int], None]] = {
     HUGGINGFACE: write_huggingface,
     "F16.gguf": write_gguf,
-    **{f"{name}.gguf": _with(quantize_gguf, quantization=name) for name in LLAMA_FTYPES},
-    **{f"openvino-{name}": _with(export_openvino, weights=name) for name in OPENVINO_WEIGHTS},
+    **{f"{name}.gguf": functools.partial(quantize_gguf, quantization=name) for name in LLAMA_FTYPES},
+    **{f"openvino-{name}": functools.partial(export_openvino, weights=name) for name in OPENVINO_WEIGHTS},
     "ctranslate2-int8": convert_ctranslate2,
 }
 

@@ -58,7 +58,6 @@ def panels(content: dict, shown: list[dict]):
             axes.text(right, row, f" {amount(value)}{change}", va="center", fontsize=8)
         axes.set_xlabel(f"{kind}, tokens per second (higher is better)")
         axes.set_xlim(left=0, right=1.6 * axes.get_xlim()[1])
-    both[0].legend().remove()
     notes = [
         "Factors: ratios of the same rounds to the float32 baseline, with interval (99 %). "
         "Black line: slowest and fastest round."

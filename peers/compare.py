@@ -32,6 +32,7 @@ from measurement import console
 from peers import chart, standalone
 from peers.contenders import PEERS
 from peers.rounds import BASELINE, Comparison
+from readings import times
 from run_optimization import RECIPES
 from store import read_json, validate
 
@@ -134,8 +135,8 @@ def ratio(comparison: Comparison, ours: str, peer: str, key: str) -> dict:
 
 
 def sentence(best: dict) -> str:
-    ends = f" [{best['ratio_ci'][0]:.2f}, {best['ratio_ci'][1]:.2f}]" if best["ratio_ci"] else ""
-    return f"{best['bits']} bits, {best['kind']}: {best['ours']} is {best['ratio']:.2f}x{ends} of {best['peer']}"
+    ratio = times(best["ratio"], best["ratio_ci"])
+    return f"{best['bits']} bits, {best['kind']}: {best['ours']} is {ratio} of {best['peer']}"
 
 
 def write(content: dict, folder: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import records
-from benchmark import Workload
+from benchmark import Workload, speeds
 from peers import ctranslate2_peer, llama_cpp_peer, openvino_peer
 from peers.build_models import MODEL, folder_of
 from worker import RecipeError
@@ -154,11 +154,8 @@ def rates(reply: dict, workload: Workload) -> dict[str, float]:
     """A block's raw times as the four speed quantities of a record; RecipeError where tokens are missing."""
     if reply["tokens"] != workload.new_tokens:
         raise RecipeError("failed", f"{reply['tokens']} tokens were generated, {workload.new_tokens} were asked for")
-    speeds = {"ttft_ms": reply["ttft_s"] * 1e3, "prefill_tokens_per_s": workload.prompt_tokens / reply["prefill_s"]}
-    if workload.new_tokens > 1:
-        speeds["tpot_ms"] = reply["decode_s"] / (workload.new_tokens - 1) * 1e3
-        speeds["decode_tokens_per_s"] = (workload.new_tokens - 1) / reply["decode_s"]
-    return speeds
+    times = {key: reply[key] for key in ("prefill_s", "ttft_s", "decode_s")}
+    return speeds(**times, prompt_tokens=workload.prompt_tokens, new_tokens=workload.new_tokens)
 
 
 def new_record(peer: Peer, repro: str | None) -> dict:

@@ -96,15 +96,8 @@ class Comparison:
             if name in PEERS:
                 contenders.describe_loaded(record, process.call("load"), process.version)
             else:
-                loaded = process.load()
-                streamed_bytes = loaded.pop("streamed_bytes")
-                record.update(loaded)
-            memory = process.call("memory")
-            tokens_per_pass = memory.pop("tokens_per_pass", 1.0)
-            record.update(memory)
-            if name not in PEERS:
-                work = self.args.workload
-                record["bytes_per_token"] = work.bytes_per_token(streamed_bytes, record["kv_cache_mb"], tokens_per_pass)
+                record.update(process.load())
+            record.update(process.call("memory"))
             process.call("block")
 
     def _process(self, name: str):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ def apply(model, *, kind: str):
     elif kind == "bug":
         raise KeyError("a bug in a technique")
     elif kind == "slow":
+        Path(os.environ["TINYOPT_TEST_SLOW"]).touch()
         time.sleep(60)
     else:
         raise ValueError(f"unknown kind {kind}")

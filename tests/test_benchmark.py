@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import make_tiny
+from safetensors.torch import load_file
 from torch import nn
 
 import benchmark
+import saving
 from benchmark import (
     Workload,
     cache_bytes,
@@ -83,12 +85,11 @@ def test_known_durations_are_read(monkeypatch):
     assert rates["decode_tokens_per_s"] == pytest.approx(3 * 4 / 0.4)
 
 
-def test_sleep_is_read_within_three_percent():
-    """The same with a real clock: 20 ms a token reads as 50 tokens/s. The best of five, as others share this machine."""
-    timings = [time_generation(Fake(0.02), prompt(1, 3), new_tokens=5) for _ in range(5)]
-    assert min(timing.prefill_s for timing in timings) == pytest.approx(0.06, rel=0.03)
-    assert min(timing.decode_s for timing in timings) == pytest.approx(0.08, rel=0.03)
-    assert max(timing.rates(3)["decode_tokens_per_s"] for timing in timings) == pytest.approx(50, rel=0.03)
+def test_a_sleep_is_read_with_a_real_clock():
+    """Never less than was slept; how much more is up to whatever else this machine does."""
+    timings = [time_generation(Fake(0.02), prompt(1, 3), new_tokens=5) for _ in range(3)]
+    assert 0.06 <= min(timing.prefill_s for timing in timings) < 0.09
+    assert 0.08 <= min(timing.decode_s for timing in timings) < 0.12
 
 
 def test_one_new_token_has_no_decode_rate():
@@ -227,3 +228,20 @@ def test_measure_memory_reports_the_cache_of_the_full_run(tiny, ids):
 def test_workload_positions():
     """The longest sequence: depth, prompt and new tokens together."""
     assert Workload(prompt_tokens=5, new_tokens=7, depth=11).positions == 23
+
+
+def test_bytes_of_a_token_by_hand():
+    """1000 bytes of weights, and of a cache of 32 bytes for 32 tokens the 28 + 4 / 2 that are there on average; both for two
+    tokens where each pass decodes two."""
+    work = Workload(prompt_tokens=8, new_tokens=4, depth=20)
+    assert work.bytes_per_token(1000, 32e-6) == pytest.approx(1030)
+    assert work.bytes_per_token(1000, 32e-6, tokens_per_pass=2) == pytest.approx(515)
+
+
+def test_a_model_of_many_files_has_each_tensor_once(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(saving, "SHARD_MB", 0.02)
+    model = tiny(tied=True)
+    saving.save_model(model, tmp_path)
+    files = list(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2
+    assert sorted(name for file in files for name in load_file(file)) == sorted(benchmark.stored_tensors(model))

@@ -16,9 +16,11 @@ from pipeline_model import save_tiny_model
 
 import cli
 import experiment
+import inputs
 import models
 import run_optimization
 import stacks
+import texts
 from arguments import without_flags
 from benchmark import Workload
 
@@ -154,6 +156,11 @@ def test_unknown_recipe(refused, recipes):
         ("kv_cache_quant:bits=4", "none at all"),
         ("int4:max_bits=2", "--max-bits"),
         ("head_pruning:prune_ratio=0.01 + lean_decode", "no head at all of 8"),
+        ("quantization + int4", "--stack"),
+        ("mixed_precision + quantization", "--stack"),
+        ("mixed_precision:dtype=fp8", "--dtype"),
+        ("int4:max_bits=nan", "--max-bits"),
+        ("mlp_pruning:calibration_text=all", "--calibration-text"),
     ],
 )
 def test_stack_that_cannot_be(refused, stack, named):
@@ -182,7 +189,7 @@ def test_stack_that_cannot_be(refused, stack, named):
     ],
 )
 def test_search_that_cannot_be(refused, arguments):
-    assert arguments[-2] in refused(arguments, module="run_optimization") or arguments[-2] == "--stack"
+    assert arguments[-2] in refused(arguments, module="run_optimization")
 
 
 def test_a_search_on_random_weights(refused):
@@ -247,15 +254,6 @@ def test_a_prompt_longer_than_the_models_positions(refused, tmp_path):
     config = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 80}
     (model / "config.json").write_text(json.dumps(config))
     assert "the benchmark's longest prompt" in refused(["--model", model, "-p", "8", "-n", "8", "--quality-window", "32"])
-
-
-@pytest.mark.parametrize("stack", [
-    "quantization + int4", "mixed_precision + quantization",
-    "mixed_precision:dtype=fp8", "int4:max_bits=nan", "mlp_pruning:calibration_text=all",
-])  # fmt: skip
-def test_stacks_that_cannot_be(refused, stack):
-    sentence = refused(["--stack", stack], module="run_optimization")
-    assert any(flag in sentence for flag in ("--stack", "--dtype", "--max-bits", "--calibration-text"))
 
 
 def test_half_precision_of_a_stack_stands_in_the_stack(refused):
@@ -503,3 +501,33 @@ def test_flags_that_would_do_nothing_are_no_flags(capsys):
 ])  # fmt: skip
 def test_flags_that_would_do_nothing_are_refused(refused, tmp_path, flags, module, said):
     assert said in refused(["--model", save_tiny_model(tmp_path / "model"), *flags], module=module)
+
+
+def test_which_recipes_a_run_has(started):
+    default, every = (started("run_optimization", *flags)[0] for flags in ([], ["--recipes", "all"]))
+    assert list(every) == list(run_optimization.RECIPES)
+    assert list(default) == [name for name in every if name not in run_optimization.ASKED_FOR]
+    recipes, _ = started("run_optimization", "--quick", "--dtype", "fp16", "--recipes", "half+lean,int4+lean")
+    assert recipes["half+lean"][0] == ("mixed_precision", {"dtype": "fp16"})
+    assert recipes["int4+lean"][0] == ("int4", {"rounding": "nearest"}), "GPTQ takes minutes"
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--quality-window", "2000"), ("--quality-window", "1"), ("--quality-windows", "0")]
+)
+def test_windows_that_cannot_be_scored(refused, flag, value):
+    assert flag in refused([flag, value])
+
+
+def test_inputs_are_as_long_as_was_asked(tmp_path, monkeypatch):
+    """The timed prompt has all tokens that its rate is divided by; every row differs; what is scored is evaluation text."""
+    monkeypatch.setattr(inputs, "load_text", lambda part="evaluation", **_: texts.Text(part, part[0] * 5000))
+    model, flags = save_tiny_model(tmp_path / "m"), ["-p", "8", "-n", "4", "-d", "0,100", "-b", "1,3"]
+    quality = ["--quality-windows", "2", "--quality-window", "32"]
+    args = cli.parse(cli.build_parser("doc"), ["-m", str(model), "-o", str(tmp_path / "o"), *flags, *quality])
+    assert args.axes == [(0, 3), (100, 1), (100, 3)]
+    tokenizer = models.load_tokenizer(args.source)
+    made = inputs.prepare(tokenizer, args, vocab_size=256)
+    assert made.input_ids.shape == (3, 108) and len(set(map(tuple, made.input_ids.tolist()))) == 3
+    assert made.windows.shape == (2, 32) and set(made.windows.flatten().tolist()) == set(tokenizer("e").input_ids)
+    assert made.quality_protocol["scored_tokens"] == 62

@@ -18,7 +18,9 @@ PROBES = torch.randint(1, 97, (3, 40), generator=torch.Generator().manual_seed(1
 
 
 @pytest.fixture
-def model():
+def model(monkeypatch, tmp_path):
+    """With a calibration cache of the test's own: a teacher would find the answers that another number of tokens gave."""
+    monkeypatch.setattr("fitting.calibration_cache.ROOT", tmp_path)
     return make_tiny("three_a_group")
 
 

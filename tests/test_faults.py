@@ -33,6 +33,7 @@ def model(tmp_path_factory) -> Path:
 def start(model: Path, recipes: dict, results: Path, *flags: str) -> subprocess.Popen:
     command = [sys.executable, "tests/pipeline_model.py", str(model), json.dumps(recipes), "-o", str(results), *flags]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TINYOPT_NO_KERNELS": "1"}
+    environment["TINYOPT_TEST_SLOW"] = str(results / "slow.begun")
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=_deliver_interrupts,
@@ -92,8 +93,7 @@ def test_killed_pipeline_keeps_what_was_finished_and_resumes(model, tmp_path):
     """kill -9 of the parent while the second recipe runs: its workers notice and go, in the middle of a command that would
     take a minute more; the first recipe stays to the byte, and the next run measures only what is missing."""
     process = start(model, PRUNE | faulty("slow"), tmp_path)
-    wait_for(tmp_path / "head_pruning_results.json", process)
-    time.sleep(1)
+    wait_for(tmp_path / "slow.begun", process)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     wait_for_the_end_of_group(process.pid)
@@ -124,8 +124,7 @@ def test_a_second_pipeline_is_refused_and_an_interrupt_keeps_results(model, tmp_
     wait_for(tmp_path / ".cache" / "read_bandwidth.json", process)
     code, output = run(model, CACHE, tmp_path)
     assert (code, "another run is writing there" in output) == (2, True), output
-    wait_for(tmp_path / "head_pruning_results.json", process)
-    time.sleep(2)
+    wait_for(tmp_path / "slow.begun", process)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130, out + err

@@ -64,7 +64,7 @@ def asked(monkeypatch):
                 find.Path(arguments["reference_file"]).touch()
             quality = {"delta_nll": loss, "delta_nll_ci": [loss - 0.0005, loss + 0.0005]}
             return {
-                "load": {"streamed_bytes": streamed * 1e6, "weights_mb": streamed, "apply_s": 2.0},
+                "load": {"evidence": {"streamed_bytes": streamed * 1e6}, "weights_mb": streamed, "apply_s": 2.0},
                 "memory": {"kv_cache_mb": 2.0, "peak_memory_mb": streamed + 40.0},
                 "block": {"tpot_ms": tpot_ms}, "score_baseline": quality, "score_variant": quality,
             }[command]  # fmt: skip
@@ -204,6 +204,7 @@ def test_the_command_repeats_the_run_without_the_search(monkeypatch):
 def test_a_whole_search_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     """From flags to the pick and its command, and once more with limits that nothing keeps; the second run measures nothing."""
     model = str(save_tiny_model(tmp_path / "model"))
+    monkeypatch.setattr("bandwidth.READ_BYTES", 10_000_000)
     monkeypatch.setattr(search, "BY_EXPENSE", ("lean",))  # the whole space takes minutes even here
     monkeypatch.setattr(search, "AXES", {axis: {"": []} for axis in search.AXES})
     flags = ["-m", model, "-t", "1", *QUICK_FLAGS, "-o", str(tmp_path / "out"), "--find"]

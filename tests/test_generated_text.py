@@ -119,3 +119,10 @@ def test_pruning_refits_on_real_text_and_recovers_on_some_of_the_models_own(mode
     calibration.healing_windows(model)
     calibration.refit_windows(model, "evaluated")
     assert asked == [(0, True), (0.25, True), (0, False)]
+
+
+def test_who_learns_asks_for_calibration_text(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr(texts, "load_text", lambda part="evaluation", **_: asked.append(part) or texts.Text(part, "7 " * 180))
+    calibration.calibration_ids(model, tokens=64)
+    assert asked == ["calibration"]

@@ -24,20 +24,18 @@ def output_error(weight, moments, form, group):
     return ((difference @ moments) * difference).sum()
 
 
-@pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("n,k", SHAPES)
-def test_blocked_equals_the_textbook(n, k, group, act_order):
+def test_blocked_equals_the_textbook(n, k, group):
     weight, moments = make(n, k)
-    options = {"group_size": group, "damping": 0.01, "act_order": act_order}
+    options = {"group_size": group, "damping": 0.01}
     for actual, expected in zip(gptq(weight, moments, **options), gptq_reference(weight, moments, **options), strict=True):
         assert actual.dtype == expected.dtype and torch.equal(actual, expected)
 
 
-@pytest.mark.parametrize("act_order", [False, True])
-def test_independent_inputs_are_rounded_to_nearest(act_order):
+def test_independent_inputs_are_rounded_to_nearest():
     weight, _ = make(37, 100)
-    forms = gptq(weight, torch.eye(100), group_size=32, act_order=act_order), quantize_int4(weight, 32)
+    forms = gptq(weight, torch.eye(100), group_size=32), quantize_int4(weight, 32)
     for actual, expected in zip(*forms, strict=True):
         assert torch.equal(actual, expected)
 

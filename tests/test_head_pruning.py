@@ -384,11 +384,6 @@ def test_ratio_suggested_by_the_error_works(any_tiny):
         assert 0 < len(kept) < heads
 
 
-def test_unknown_mode(tiny):
-    with pytest.raises(ValueError, match=r"--mode remove.*structural or mask"):
-        apply(tiny(), mode="remove")
-
-
 def test_quantised_model(tiny):
     """After another technique has replaced the linear layers there is nothing to cut: the sentence gives the order."""
 

@@ -10,10 +10,8 @@ import torch
 from conftest import logits_of, make_tiny
 
 import benchmark
-import cli
 import fitting.blockwise
 from fitting import calibration, calibration_cache
-from fitting.blockwise import corrected
 from fitting.sensitivity import added_bits, choose_upgrades, loss_increases
 from kernels.int4_modules import Int4Linear
 from kernels.int8_modules import Int8Linear
@@ -88,26 +86,13 @@ def test_gptq_keeps_more_than_rounding_to_nearest():
     def error(**options):
         return (logits_of(int4.apply(tiny(), int8_layers="none", tune_steps=0, **options), CALIBRATION) - exact).square().mean()
 
-    uncorrected = error(correction=0)
-    assert uncorrected < 0.8 * error(rounding="nearest")
-    assert error(correction=0.5) < 0.8 * uncorrected
-
-
-def test_correction_finds_the_weights_for_the_inputs_there_are():
-    """Where inputs come out scaled, the weights that undo it; where they come out right, the weights as they are."""
-    generator = torch.Generator().manual_seed(0)
-    weight, x = torch.randn(5, 8, generator=generator), torch.randn(500, 8, generator=generator)
-    scales = torch.linspace(0.5, 2, 8)
-    moments, cross = (x * scales).T @ (x * scales) / 500, x.T @ (x * scales) / 500
-    assert torch.allclose(corrected(weight, moments, cross, 1.0, 1e-9), weight / scales, atol=1e-4)
-    assert torch.allclose(corrected(weight, moments, cross, 0.5, 1e-9), (weight + weight / scales) / 2, atol=1e-4)
-    assert torch.equal(corrected(weight, moments, moments, 1.0, 0.01), weight)
+    assert error() < 0.8 * error(rounding="nearest")
 
 
 def test_the_model_is_only_borrowed_while_it_is_walked():
     model = tiny()
     modules, before = dict(model.named_modules()), {name: p.clone() for name, p in model.named_parameters()}
-    forms = fitting.blockwise.round_blockwise(model, CALIBRATION, group_size=32, damping=0.01, tied=False, correction=0.5)
+    forms = fitting.blockwise.round_blockwise(model, CALIBRATION, group_size=32, damping=0.01, tied=False)
     assert len(forms) == 3 * 7 + 1
     assert dict(model.named_modules()) == modules
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
@@ -241,7 +226,7 @@ def test_a_model_of_ones_own_is_rounded_to_nearest():
 
 BAD = [
     {"group_size": 48}, {"rounding": "up"}, {"int8_layers": "mlp2"}, {"int8_layers": ","}, {"max_bits": 4.4}, {"damping": 0},
-    {"correction": 2}, {"calibration_tokens": 1}, {"tune_steps": -1}, {"int8_layers": "layers.3.mlp.down_proj"},
+    {"calibration_tokens": 1}, {"tune_steps": -1}, {"int8_layers": "layers.3.mlp.down_proj"},
 ]  # fmt: skip
 
 
@@ -255,11 +240,3 @@ def test_bad_options_name_the_flag(options):
 def test_quantized_models_are_refused(before):
     with pytest.raises(ValueError, match=r"no nn\.Linear left"):
         int4.apply(before.apply(tiny(random_weights=True)))
-
-
-def test_command_line_defaults_are_applys(monkeypatch):
-    seen = {}
-    monkeypatch.setattr("experiment.run", lambda recipes, args, **_: seen.update(recipes) or 0)
-    monkeypatch.setattr(cli, "parse", lambda parser, argv: parser.parse_args(argv))
-    assert int4.main([]) == 0
-    assert seen["int4"] == [("int4", int4.apply.__kwdefaults__)]

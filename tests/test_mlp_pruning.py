@@ -10,6 +10,7 @@ import models
 from benchmark import count_parameters, new_cache, weight_bytes
 from fitting import calibration, calibration_cache, compensation
 from inference import generate_ids
+from kernels.modules import cut_linear
 from optimizations import mlp_pruning
 from optimizations.kv_cache_quant import Int8Cache
 from optimizations.mlp_pruning import apply, check
@@ -71,8 +72,13 @@ def test_dead_channels_go_first_and_cost_nothing(model, ids):
     torch.testing.assert_close(logits_of(pruned, ids), dense, atol=1e-3, rtol=0)
 
 
-def test_refit_of_nothing_is_the_identity(model, ids, tmp_path):
-    """When `cut` removes nothing the dense weights already reach their target: no refit beats them by more than rounding."""
+def test_refit_of_nothing_is_the_identity(tiny, ids, tmp_path):
+    """When `cut` removes nothing the dense weights already reach their target: no refit beats them by more than rounding.
+    Biases are no part of what is refitted."""
+    model, generator = tiny("three_a_group", attention_bias=True, mlp_bias=True), torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            parameter.data.normal_(generator=generator)
     dense = logits_of(model, ids)
     windows = torch.randint(1, 97, (4, 64), generator=torch.Generator().manual_seed(3))
     cache = calibration_cache.CalibrationCache(tmp_path / "identity")
@@ -161,3 +167,19 @@ def test_twice_and_quantised_models_are_refused(model):
     model.model.layers[0].mlp.down_proj = torch.nn.Identity()
     with pytest.raises(ValueError, match="run mlp_pruning before"):
         apply(model, prune_ratio=0.1)
+
+
+def test_what_was_calibrated_belongs_to_its_text_and_code(model):
+    of, windows = calibration_cache.CalibrationCache.of, torch.zeros(1, 4, dtype=torch.int64)
+    caches = [of(model, windows), of(model, windows + 1), of(model, windows, code=("gptq.py",)), of(model, windows, minutes=1)]
+    assert len({cache.folder for cache in caches}) == 4 and of(model, windows).folder == caches[0].folder
+
+
+def test_a_layer_cut_down_has_the_rest_of_its_bias():
+    torch.manual_seed(0)
+    linear, x = torch.nn.Linear(5, 7), torch.randn(3, 5)
+    rows, columns = torch.tensor([0, 2, 6]), torch.tensor([1, 4])
+    torch.testing.assert_close(cut_linear(linear, rows=rows)(x), linear(x)[:, rows])
+    alone = torch.zeros_like(x)
+    alone[:, columns] = x[:, columns]
+    torch.testing.assert_close(cut_linear(linear, columns=columns)(x[:, columns]), linear(alone))

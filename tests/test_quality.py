@@ -238,6 +238,20 @@ def test_interval_of_too_few_or_equal_values():
     assert 0.1 <= low < np.mean(values) < high <= 0.9
 
 
+def test_windows_are_what_is_resampled():
+    """Tokens of a window depend on each other: 128 of them would give an interval many times too narrow."""
+    nll = torch.tensor([0.0, 0.1, 0.2, 0.6])[:, None].expand(4, 32)
+
+    def summary(count):
+        zeros = torch.zeros(count, 32)
+        return quality._summary(nll[:count], zeros, zeros.flatten(), zeros.flatten())
+
+    low, high = bootstrap_interval(nll.double().mean(1), confidence=0.95)
+    assert summary(4)["delta_nll_ci"] == pytest.approx([low, high], abs=1e-6)
+    assert summary(4)["perplexity_retention_ci"] == pytest.approx([math.exp(-high), math.exp(-low)], abs=1e-6)
+    assert summary(2)["delta_nll_ci"] is None and summary(2)["perplexity_retention_ci"] is None
+
+
 def test_decode_that_answers_unlike_chunks_is_no_quality(windows):
     """Decode has kernels of its own: a model that is right in chunks and wrong token by token must not pass."""
     logits, wrong = random_logits(0), random_logits(1)

@@ -9,12 +9,12 @@ import torch
 from conftest import logits_of, make_tiny, share_weights
 
 import benchmark
-import cli
 import quality
 from benchmark import new_cache
+from devices import Unsupported, require_float64
 from kernels.int8 import unpack
 from kernels.int8_modules import Int8Linear
-from optimizations import head_pruning, kv_cache_quant, mixed_precision, quantization
+from optimizations import head_pruning, int4, kv_cache_quant, mixed_precision
 from optimizations.quantization import QuantizedInference, apply
 
 SCHEMES = ["grouped", "dynamic", "weight-only", "classic"]
@@ -133,14 +133,6 @@ def test_twice_is_refused():
         apply(apply(make_tiny()))
 
 
-def test_command_line_defaults_are_applys(monkeypatch):
-    seen = {}
-    monkeypatch.setattr("experiment.run", lambda recipes, args, **_: seen.update(recipes) or 0)
-    monkeypatch.setattr(cli, "parse", lambda parser, argv: parser.parse_args(argv))
-    assert quantization.main([]) == 0
-    assert seen["quantization"] == [("quantization", apply.__kwdefaults__)]
-
-
 @pytest.mark.parametrize("shape", ["grouped", "three_a_group"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_stack_of_pruning_int8_and_int8_cache(shape, tied, ids):
@@ -177,3 +169,28 @@ def test_quality_of_the_embedded_model(scheme, least, embedded, embedded_referen
 @pytest.mark.embedded
 def test_the_class_of_the_original_answers(embedded_loaded_once):
     assert "Paris" in QuantizedInference(model="smollm2-135m").generate("The capital of France is", max_new_tokens=4)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "int4", "bf16"])
+def test_biases_stay(scheme):
+    """Of every layer that has one: it is what comes out where nothing goes in."""
+    model, generator = make_tiny(attention_bias=True, mlp_bias=True), torch.Generator().manual_seed(1)
+    biases = {name.removesuffix(".bias"): bias for name, bias in model.named_parameters() if name.endswith(".bias")}
+    for bias in biases.values():
+        bias.data.normal_(generator=generator)
+    others = {"int4": (int4.apply, {"rounding": "nearest"}), "bf16": (mixed_precision.apply, {"dtype": "bf16"})}
+    quantize, options = others.get(scheme, (apply, {"scheme": scheme}))
+    expected = {name: bias.clone() for name, bias in biases.items()}
+    model = quantize(model, **options)
+    assert len(expected) == 3 * 7
+    for name, bias in expected.items():
+        layer = model.get_submodule(name)
+        for rows in (1, 40):
+            torch.testing.assert_close(layer(torch.zeros(rows, layer.in_features)), bias.expand(rows, -1))
+
+
+def test_other_devices_get_another_scheme_or_a_reason():
+    with pytest.raises(Unsupported, match="no kernels for meta"):
+        apply(make_tiny().to("meta"), scheme="classic")
+    with pytest.raises(Unsupported, match="float64"):
+        require_float64(torch.device("mps"))

@@ -21,7 +21,7 @@ WHOLE = ["results", "results/tinyllama-random"]  # every recipe of the default l
 FOLDERS = [*WHOLE, "results/xeon-amx-tinyllama-random", "results/epyc-avx2-tinyllama-random", "results/axes"]
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def committed_results():
     """Results of the reader's own runs may stand where the committed ones were: then there is nothing to compare."""
     command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", "results"]
@@ -30,11 +30,13 @@ def committed_results():
         pytest.skip("results/ holds results of your own, not the committed ones")
 
 
+@pytest.mark.usefixtures("committed_results")
 def test_generated_parts_are_up_to_date():
     """Mend with: python report.py results results/*tinyllama-random --readme README.md"""
     assert report.update_readme(ROOT / "README.md", check=True) == []
 
 
+@pytest.mark.usefixtures("committed_results")
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_committed_charts_were_drawn_from_the_committed_numbers(folder):
     consolidated = readings.load_results(ROOT / folder)
@@ -42,6 +44,7 @@ def test_committed_charts_were_drawn_from_the_committed_numbers(folder):
     assert (ROOT / folder / "visualizations" / "decode_speed.png").exists()
 
 
+@pytest.mark.usefixtures("committed_results")
 @pytest.mark.parametrize("chart", ["peers/peers", "pruning/equal_bytes", "pruning/layer_costs"])
 def test_committed_charts_with_a_file_of_their_own_too(chart):
     """Mend with: python -m peers.chart results/peers, or charts.draw_all_own("results/pruning")"""
@@ -51,6 +54,7 @@ def test_committed_charts_with_a_file_of_their_own_too(chart):
     assert charts.digest(content).encode() in picture.read_bytes()
 
 
+@pytest.mark.usefixtures("committed_results")
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_committed_results_are_whole(folder):
     """Every record keeps the schema, none failed, random weights carry no quality, an unsound A/A comparison is said."""

@@ -392,24 +392,22 @@ def test_axis_charts_name_the_crossover(results, tmp_path):
     cache |= {"speedup": 0.8, "speedup_ci": [0.7, 0.9]}
     assert {path.stem for path in charts.draw_all(results, tmp_path)} >= AXES
     figure = axis_charts.depth_speed(results, [cache])
-    assert "faster than the baseline from a depth of 512 on" in said(figure), "whatever the two medians say"
+    assert "beside the baseline, by depth: faster at 512; slower at 0, 256." in said(figure), "whatever the medians say"
     quantized = {"technique": "quantization", "options": {}}
     stack = cache | {"title": "Both", "steps": [quantized, *cache["steps"]]}
     rival = cache | {"title": "Int8 alone", "steps": [quantized], "speedup_ci": [0.5, 0.6]}
     rival["axes"] = [entry | {"speedup_ci": [1.1, 1.2]} for entry in cache["axes"]]
     said_of = said(axis_charts.depth_speed(results, [stack, rival]))
-    assert "Both: no crossover up to a depth of 512: slower than Int8 alone there" in said_of, "faster at depth 0 only"
+    assert "Both, beside Int8 alone, by depth: faster at 0; slower at 256, 512." in said_of
     rival["axes"] = [entry | {"speedup": 0.96, "speedup_ci": None} for entry in cache["axes"]]
     text = said(axis_charts.depth_speed(results, [stack, rival]))
-    assert "Both: faster than Int8 alone at a depth of 0. Too few pairs to tell at 256, 512." in text
+    assert "Both, beside Int8 alone, by depth: faster at 0; too few pairs to tell at 256, 512." in text
     rival["speedup_ci"] = None
     text = said(axis_charts.depth_speed(results, [stack, rival]))
-    assert "Both: too few pairs to tell its speed from that of Int8 alone" in text
+    assert "Both, beside Int8 alone, by depth: too few pairs to tell at 0, 256, 512." in text
     rival |= {"speedup_ci": [1.1, 1.2], "axes": [entry | {"speedup_ci": [0.95, 0.97]} for entry in cache["axes"]]}
-    assert "Both: faster than Int8 alone from a depth of 512 on" in said(axis_charts.depth_speed(results, [stack, rival]))
-    rival["axes"] = [entry | {"speedup": 0.96, "speedup_ci": [0.95, 1.02]} for entry in cache["axes"]]
     text = said(axis_charts.depth_speed(results, [stack, rival]))
-    assert "Both: not seen to be slower than Int8 alone from a depth of 256 on" in text
+    assert "Both, beside Int8 alone, by depth: faster at 512; slower at 0; not told apart at 256." in text
     drawn = [text.get_text() for text in axis_charts.cache_memory(results, [cache, stack]).axes[0].get_legend().get_texts()]
     assert len(drawn) == 2, "equal caches share a line"
     lines = axis_charts.cache_memory(results, [cache]).axes[0].get_lines()
@@ -430,3 +428,15 @@ def test_a_recipe_with_the_baselines_cache_is_not_called_unmeasured(results):
 
 def said(figure):
     return " ".join(" ".join(text.get_text() for text in figure.texts).split())
+
+
+def test_the_decode_chart_by_hand(results):
+    """A ceiling is bandwidth over bytes for one token, times the sequences that share them; beside a bar, rate and ratio."""
+    shown = [entry for entry in results["results"] if entry["status"] == "ok"]
+    for batch_size in (1, 2):
+        results["workload"]["batch_size"] = batch_size
+        axes = charts.speed(results, shown).axes[0]
+        (ceiling,) = [line for line in axes.lines if line.get_marker() == "D"]
+        by_hand = [batch_size * 29.1e9 / entry["bytes_per_token"] for entry in shown]
+        assert list(ceiling.get_xdata()) == pytest.approx(by_hand)
+    assert any("21.9" in text.get_text() and "2.94x [2.85, 3.00]" in text.get_text() for text in axes.texts)

@@ -6,12 +6,17 @@ import csv
 import json
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
+import torch
 
+import experiment
 import judgement
+import models
 import records
+from benchmark import Workload
 from interleave import Comparison
 from store import ResultsFolder
 
@@ -192,3 +197,27 @@ def test_noise_floor_that_excludes_one_is_not_trusted():
 
     assert judgement.noise_floor(sides(1.0))["trustworthy"] is True
     assert judgement.noise_floor(sides(1.1))["trustworthy"] is False
+
+
+def test_what_makes_another_experiment(tiny_folder, monkeypatch):
+    """Machine, code, text, prompts, workload and model: a result of any other must not stand in the same table."""
+    monkeypatch.delenv("TINYOPT_NO_KERNELS", raising=False)
+    source, machine = models.find_model(str(tiny_folder)), dict.fromkeys(experiment.MACHINE, "a")
+    flags = {"workload": Workload(), "axes": [], "precision": 0.02, "budget_s": 10.0, "torch_device": torch.device("cpu"),
+             "source": source}  # fmt: skip
+
+    def identity(environment=machine, text="a", prompts="a", **changed):
+        prepared = SimpleNamespace(quality_protocol={"text_sha256": text}, sha256=prompts)
+        return experiment.describe(SimpleNamespace(**flags | changed), prepared, environment)[1]
+
+    same = identity()
+    others = [identity(machine | {key: "b"}) for key in experiment.MACHINE]
+    others += [identity(text="b"), identity(prompts="b"), identity(workload=Workload(new_tokens=5))]
+    others += [identity(axes=[(9, 1)]), identity(precision=0.1), identity(budget_s=1.0)]
+    weights = tiny_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + b" ")
+    others.append(identity())
+    monkeypatch.setenv("TINYOPT_NO_KERNELS", "1")
+    others.append(identity())
+    assert {"cpu", "cpu_features", "gpu", "threads", "torch", "transformers", "code_sha256"} < set(experiment.MACHINE)
+    assert all(other != same for other in others) and others[-1] != others[-2]

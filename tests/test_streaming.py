@@ -174,6 +174,9 @@ def test_the_peak_is_that_of_the_small_model(tmp_path):
     )  # fmt: skip
     LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
     with WorkerProcess(job(find_model(str(tmp_path / "model")), tmp_path, [("quantization", {})])) as worker:
-        loaded = worker.call("load")
-    assert loaded["parameters"] > 95e6 and loaded["weights_mb"] < 110
-    assert loaded["load_peak_memory_mb"] < 1.3 * loaded["weights_mb"]
+        loaded, memory = worker.call("load"), worker.call("memory")
+    weights_mb, phases = loaded["weights_mb"], memory["memory_phases"]
+    assert loaded["parameters"] > 95e6 and weights_mb < 110
+    assert 0.9 * weights_mb < loaded["load_peak_memory_mb"] < 1.3 * weights_mb
+    assert 0.9 * weights_mb < memory["peak_memory_mb"] < 2 * weights_mb, "neither with the runtime nor less it twice"
+    assert memory["peak_memory_mb"] == max(phases["prefill_peak_mb"], phases["decode_peak_mb"])

@@ -1,6 +1,7 @@
 """What is learnt from and what is judged on never meet, and calibration does without what a Python lacks."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,3 +77,10 @@ def test_one_run_has_one_choice_of_texts(monkeypatch):
         texts._wikitext("calibration")
     texts.settle_wikitext(False)
     assert texts._wikitext("calibration") is None and asked == ["evaluation", "calibration"]
+
+
+def test_the_parts_of_wikitext(monkeypatch):
+    """Judged on its test part, learnt from its training part."""
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, split: {"text": [split]}))
+    monkeypatch.setattr(texts, "_wikitext_cached", lambda: True)
+    assert [texts._load_wikitext.__wrapped__(part).content for part in ("evaluation", "calibration")] == ["test", "train"]

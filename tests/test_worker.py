@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -168,3 +169,14 @@ def test_a_worker_takes_the_texts_that_the_run_found(source, tmp_path, monkeypat
     assert made.wikitext is False
     worker._Worker(made)
     assert worker.texts.wikitext_is_there() is False
+
+
+def test_what_takes_too_long_is_given_up(source, tmp_path):
+    """A recipe ends when its time does, and is no failure; the baseline, which all is compared with, has no end."""
+    late = replace(job(source, tmp_path), deadline=time.time() - 1)
+    with WorkerProcess(late) as slow, pytest.raises(RecipeError, match="time for it was over during load") as ended:
+        slow.call("load")
+    assert ended.value.status == "interrupted"
+    args = SimpleNamespace(source=source, torch_device="cpu", threads=1, workload=WORK)
+    assert Job.of(args, [], None, tmp_path, deadline=5.0).deadline is None
+    assert Job.of(args, [("lean_decode", {})], None, tmp_path, deadline=5.0).deadline == 5.0
