@@ -10,7 +10,7 @@ from matplotlib.path import Path as Line
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from readings import describe, label, noise_floor
+from readings import describe, label, noise_sentences
 
 NEAR = 70  # pixels between a point and its name that nobody has to follow with a finger
 # Okabe and Ito's palette: distinguishable under the common colour-vision deficiencies.
@@ -94,7 +94,7 @@ def finish(axes, consolidated, drawn, title, xlabel, notes):
     axes.set_xlabel(xlabel)
     add_legend(axes)
     missing = [label(r) for r in results if r.get("status") == "ok" and r not in drawn]
-    notes = [*notes, f"Not measured: {', '.join(missing)}." if missing else "", noise_floor(consolidated)[1] or ""]
+    notes = [*notes, f"Not measured: {', '.join(missing)}." if missing else "", noise_sentences(consolidated)[1] or ""]
     bad = [r for r in results if r.get("status") != "ok"]
     notes += [f"{label(r)} - {r.get('status') or 'not run'}: {r.get('reason') or 'no reason recorded'}" for r in bad]
     frame, (width, height) = figure.get_tightbbox(), figure.get_size_inches()

@@ -259,7 +259,7 @@ class Measurement:
         noise = judgement.noise_floor(comparison)
         earlier = self.store.aa if any(name != BASELINE for name in self.store.records) else None
         self.store.aa = judgement.noisier(earlier, noise) if earlier else noise  # one line stands over old and new results
-        for sentence in filter(None, readings.noise_floor({"aa": self.store.aa})):
+        for sentence in filter(None, readings.noise_sentences({"aa": self.store.aa})):
             console.print(f"  {sentence}", markup=False)
 
     def _fill_speed(self, record: dict, samples: list[dict]) -> None:

@@ -111,7 +111,7 @@ def describe(consolidated):
     return [", ".join(str(part) for part in line if part) for line in (model, machine, workload)]
 
 
-def noise_floor(consolidated):
+def noise_sentences(consolidated):
     """(sentence or None, warning or None): how far the baseline differs from itself."""
     aa = consolidated.get("aa") or {}
     kinds = [("decode", ""), ("prefill", "prefill_")]

@@ -27,7 +27,7 @@ from readings import (
     interval,
     label,
     load_results,
-    noise_floor,
+    noise_sentences,
     number,
     percent,
     ratio,
@@ -95,7 +95,7 @@ def print_table(consolidated, console=None):
     """Both tables on the terminal, under the lines that say on which model, machine and workload."""
     # Not a terminal (a log, a pipe): wide enough that no row is folded.
     console = console or Console(width=None if sys.stdout.isatty() else 160)
-    sentence, warning = noise_floor(consolidated)
+    sentence, warning = noise_sentences(consolidated)
     for line in filter(None, [*describe(consolidated), sentence]):
         console.print(Text(line))
     if warning:
@@ -124,7 +124,7 @@ def escape(text):
 
 def markdown_table(consolidated):
     """The same as GitHub Markdown."""
-    sentence, warning = noise_floor(consolidated)
+    sentence, warning = noise_sentences(consolidated)
     lines = ["<br>".join(escape(line) for line in describe(consolidated) if line)]
     lines += ["", f"**Warning: {warning}**"] if warning else []
     rows = [cells(record, baseline_of(consolidated)) for record in consolidated["results"]]

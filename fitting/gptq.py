@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from kernels.int4 import LEVELS, Form, dequantize_int4, quantize_int4, round_to_levels
 
 RIDGE = 1e-4  # of a diagonal element: holds the least-squares grid to the old one where the codes leave it open
-REFIT_BYTES = 1 << 27  # of the equations of so many outputs at a time: a large lm_head would take gigabytes at once
+EQUATION_BYTES = 1 << 27  # of the equations of so many outputs at a time: a large lm_head would take gigabytes at once
 
 
 def gptq(
@@ -132,7 +132,7 @@ def refit_grid(
     For each output, W' is linear in its 2 G unknowns: W' = B u with B = [codes of group g | ones of group g], so that
     (B^T H B) u = B^T H w. A group whose scale would turn negative keeps a scale of 0.
     """
-    rows = max(1, REFIT_BYTES // (8 * (2 * scale.shape[1]) ** 2))
+    rows = max(1, EQUATION_BYTES // (8 * (2 * scale.shape[1]) ** 2))
     parts = zip(*(part.split(rows) for part in (weight.detach(), codes, scale, minimum)), strict=True)
     refitted = [_refit_rows(*part, moments, group_size) for part in parts]
     return tuple(torch.cat(part) for part in zip(*refitted, strict=True))

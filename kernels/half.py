@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kernels.int8 import bf16_linear, kernels_run
-from kernels.packing import pack_panels, panel_rows
+from kernels.int8 import finish, kernel_is_fastest, kernels_run, multiply_in_blocks, shaped_like
+from kernels.packing import pack_panels, panel_rows, unpack_panels
 from streaming import by_rows, rows_of
 
 
@@ -66,3 +66,26 @@ class CastAfter(nn.Module):
     def forward(self, *args, **kwargs):
         result = self.inner(*args, **kwargs)
         return tuple(part.to(self.dtype) for part in result) if isinstance(result, tuple) else result.to(self.dtype)
+
+
+def bf16_linear(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Multiplies float activations [..., K] with bfloat16 weights, plain [n, K] or packed: float32 [..., n]."""
+    rows = x.reshape(-1, x.shape[-1])
+    if weight.dim() != 4 or not kernels_run(x):
+        plain = weight if weight.dim() == 2 else unpack_panels(weight, n, x.shape[-1])
+        return bf16_linear_reference(x, plain, bias)
+    if kernel_is_fastest(rows):
+        return shaped_like(x, torch.ops.tinyopt.bf16_linear(rows, weight, n, bias))
+
+    def expand(first: int, last: int) -> torch.Tensor:
+        return unpack_panels(weight[first // 16 : -(-last // 16)], last - first, x.shape[-1]).float()
+
+    return finish(multiply_in_blocks(rows, n, expand), x, bias)
+
+
+def bf16_linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The twin of bf16_linear: x floating point [..., K], weight bfloat16 [N, K] -> float32 [..., N].
+
+    More than 16 rows are rounded to bfloat16 on a CPU that has an instruction for it; the twin does not round.
+    """
+    return F.linear(x.float(), weight.float(), bias)

@@ -2,9 +2,9 @@
 
 Symmetric int8: a group of consecutive inputs shares one scale, absmax / 127, and holds integers in [-127, 127]. Scales of
 weights are kept in bfloat16, and the integers are found after that rounding, so that nothing is lost by it. The
-twins in pure PyTorch run on every device and define what the kernels must return; `int8_linear`,
-`int8_weight_only_linear` and `bf16_linear` take the kernel where it runs and the twin where it does not; other devices than
-CPUs multiply many rows by weights that are expanded block by block.
+twins in pure PyTorch run on every device and define what the kernels must return; `int8_linear` and
+`int8_weight_only_linear` take the kernel where it runs and the twin where it does not; other devices than CPUs multiply many
+rows by weights that are expanded block by block.
 
 A weight is plain, [N, K] with scale [N, G], or packed for the kernels (kernels/packing.py), [P, L, 16, 4] with scale
 [P, G, 16]; then `n` says how many of its channels are real.
@@ -103,14 +103,6 @@ def int8_weight_only_reference(
     return F.linear(x.float(), dequantize_groups(weight, scale, group_size), bias)
 
 
-def bf16_linear_reference(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """The twin of bf16_linear: x floating point [..., K], weight bfloat16 [N, K] -> float32 [..., N].
-
-    More than 16 rows are rounded to bfloat16 on a CPU that has an instruction for it; the twin does not round.
-    """
-    return F.linear(x.float(), weight.float(), bias)
-
-
 def pack(weight: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int8 [N, K] and bfloat16 [N, G] as the C++ kernels want them. Without kernels they come back as they are."""
     return (pack_panels(weight), pack_scales(scale)) if kernels_run(weight) else (weight, scale)
@@ -161,21 +153,6 @@ def int8_weight_only_linear(
     def expand(first: int, last: int) -> torch.Tensor:
         panels = slice(first // 16, -(-last // 16))
         return dequantize_groups(*unpack(weight[panels], scale[panels], last - first, x.shape[-1]), group_size)
-
-    return finish(multiply_in_blocks(rows, n, expand), x, bias)
-
-
-def bf16_linear(x: torch.Tensor, weight: torch.Tensor, n: int, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiplies float activations [..., K] with bfloat16 weights, plain [n, K] or packed: float32 [..., n]."""
-    rows = x.reshape(-1, x.shape[-1])
-    if weight.dim() != 4 or not kernels_run(x):
-        plain = weight if weight.dim() == 2 else unpack_panels(weight, n, x.shape[-1])
-        return bf16_linear_reference(x, plain, bias)
-    if kernel_is_fastest(rows):
-        return shaped_like(x, torch.ops.tinyopt.bf16_linear(rows, weight, n, bias))
-
-    def expand(first: int, last: int) -> torch.Tensor:
-        return unpack_panels(weight[first // 16 : -(-last // 16)], last - first, x.shape[-1]).float()
 
     return finish(multiply_in_blocks(rows, n, expand), x, bias)
 

@@ -13,7 +13,7 @@ import matplotlib
 
 from chart_parts import BLUE, GREY, ORANGE, finish, rows_of
 from charts import STYLE, write
-from readings import amount, interval, noise_floor, number, times
+from readings import amount, interval, noise_sentences, number, times
 
 PANELS = (("decode", "decode_tokens_per_s", ""), ("prefill", "prefill_tokens_per_s", "prefill_"))
 LOOKS = {"float32 baseline": (GREY, "//"), "ours": (BLUE, ""), "peer": (ORANGE, "xx")}
@@ -64,7 +64,7 @@ def panels(content: dict, shown: list[dict]):
     ]
     notes += ["Peers as their authors ship them, all in the same run, one process at a time; "
               "first token counted with prefill."]  # fmt: skip
-    notes += [noise_floor(content)[0] or ""]
+    notes += [noise_sentences(content)[0] or ""]
     xlabel = f"{PANELS[1][0]}, tokens per second (higher is better)"
     return finish(both[1], content, shown, "Our recipes and other engines, same machine, same run", xlabel, notes)
 

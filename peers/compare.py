@@ -31,7 +31,7 @@ from bandwidth import read_bandwidth
 from measurement import console
 from peers import chart, standalone
 from peers.contenders import PEERS
-from peers.rounds import BASELINE, Comparison
+from peers.rounds import BASELINE, Turns
 from readings import times
 from run_optimization import RECIPES
 from store import read_json, validate
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         console.print(f"NOTE  {notice}", markup=False)
     code = 0
     with tempfile.TemporaryDirectory(dir=args.results_dir, prefix=".scratch-") as scratch:
-        comparison = Comparison(args, Path(scratch))
+        comparison = Turns(args, Path(scratch))
         try:
             comparison.run(names)
         except KeyboardInterrupt:
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     return code or (1 if {"failed", "oom"} & statuses else 0)
 
 
-def gather(comparison: Comparison, environment: dict) -> dict:
+def gather(comparison: Turns, environment: dict) -> dict:
     """Everything of the run as one object, in the shape of a consolidated results file, with `bits` and `best` added."""
     results = list(comparison.records.values())
     noise = comparison.noise
@@ -109,7 +109,7 @@ def bits_of(record: dict) -> int | None:
     return nearest if abs(nearest - bits) <= 0.1 * nearest + 0.5 else None  # six bits have no peer
 
 
-def best_of_each(comparison: Comparison) -> list[dict]:
+def best_of_each(comparison: Turns) -> list[dict]:
     """At each width, for decode and for prefill: our fastest recipe over the fastest peer."""
     found = []
     measured = [record for record in comparison.records.values() if record["status"] == "ok" and record["name"] != BASELINE]
@@ -123,7 +123,7 @@ def best_of_each(comparison: Comparison) -> list[dict]:
     return found
 
 
-def ratio(comparison: Comparison, ours: str, peer: str, key: str) -> dict:
+def ratio(comparison: Turns, ours: str, peer: str, key: str) -> dict:
     """Round by round where both took turns in one group; else the ratio of their speed-ups, which has no interval."""
     samples, rounds = comparison.samples, comparison.rounds
     if rounds[ours] is rounds[peer]:

@@ -42,7 +42,7 @@ def bits_by_name(name: str) -> int:
     return int(found.group(1)) if found else 16
 
 
-class Comparison:
+class Turns:
     """One run: the baseline stays, groups come and go; each record is complete when its group ends."""
 
     def __init__(self, args, scratch: Path):

@@ -9,6 +9,7 @@ import torch
 
 from kernels import device_int8, int4, int8, packing
 from kernels.build import cpu_variant, load_kernels
+from kernels.half import bf16_linear, bf16_linear_reference
 from kernels.packing import pack_nibble_panels, pack_panels, pack_scales
 
 SHAPES = [(1, 5), (7, 13), (40, 96), (64, 300), (449, 100), (576, 576)]  # N, K: also none a multiple of 16 or 4
@@ -88,9 +89,9 @@ def test_bf16_product_equals_its_twin(kernels, n, k):
     for m in ROWS[:-2]:
         x, weight, _, bias, _ = make(m, n, k, None)
         half = weight.bfloat16() / 100
-        expected = int8.bf16_linear_reference(x, half, bias)
+        expected = bf16_linear_reference(x, half, bias)
         assert_close(kernels.bf16_linear(x, pack_panels(half), n, bias), expected, float_tolerance(m))
-        assert_close(int8.bf16_linear(x, pack_panels(half), n, bias), expected, float_tolerance(m))
+        assert_close(bf16_linear(x, pack_panels(half), n, bias), expected, float_tolerance(m))
 
 
 def test_few_rows_and_many_take_the_same_sums(kernels):
@@ -129,7 +130,7 @@ def test_blocks_of_rows_leave_nothing_out(kernels, m, group):
         "int8": int8.int8_linear_reference(x, weight, scale, size, bias),
         "int4": int4.int4_linear_reference(x, codes, low, minimum, size, bias),
         "weight_only": int8.int8_weight_only_reference(x, weight, scale, size, bias),
-        "bf16": int8.bf16_linear_reference(x, weight.bfloat16(), bias),
+        "bf16": bf16_linear_reference(x, weight.bfloat16(), bias),
     }
     for name, product in products.items():
         assert product[m - 2].isnan().all(), name
@@ -263,7 +264,7 @@ def test_torch_compile_sees_through(kernels):
 
     def forward(x):
         y = int8.int8_linear(x, packed, scales, 16, group, bias)
-        return y + int8.int8_weight_only_linear(x, packed, scales, 16, group) + int8.bf16_linear(x, half, 16)
+        return y + int8.int8_weight_only_linear(x, packed, scales, 16, group) + bf16_linear(x, half, 16)
 
     assert torch.equal(torch.compile(forward, backend="aot_eager", fullgraph=True)(x), forward(x))
 

@@ -201,11 +201,11 @@ def test_rounds_compare_within_a_group_and_survive_a_failure(tmp_path, monkeypat
     sides = {"baseline": FakeSide(5.0), "int8": FakeSide(20.0, 1.1e9), "llama_cpp_q8_0": FakeSide(16.0)}
     sides |= {"ctranslate2_int8": FakeSide(10.0), "openvino_int8": FakeSide(-1.0)}
     monkeypatch.setattr(rounds, "SETTLE_S", 0)
-    monkeypatch.setattr(rounds.Comparison, "_process", lambda self, name: sides[name])
-    monkeypatch.setattr(rounds.Comparison, "_short_of_memory", lambda self, name: False)
+    monkeypatch.setattr(rounds.Turns, "_process", lambda self, name: sides[name])
+    monkeypatch.setattr(rounds.Turns, "_short_of_memory", lambda self, name: False)
     args = standalone.build_parser("").parse_args(["-o", str(tmp_path)])
     args.repeats, args.workload, args.bandwidth_gb_per_s = 6, Workload(repeats=6), 20.0
-    comparison = rounds.Comparison(args, tmp_path)
+    comparison = rounds.Turns(args, tmp_path)
     comparison.run(["int8", "ctranslate2_int8", "llama_cpp_q8_0", "openvino_int8"])
     content = compare.gather(comparison, {"cpu": "Imaginary 9000"})
     compare.write(content, tmp_path)
@@ -225,18 +225,18 @@ def test_what_was_measured_outlives_the_baseline(tmp_path, monkeypatch):
     """It ends in the second group: the first is kept, everything else has a reason."""
     baseline = FakeSide(5.0)
     monkeypatch.setattr(rounds, "SETTLE_S", 0)
-    monkeypatch.setattr(rounds.Comparison, "_process", lambda self, name: baseline if name == "baseline" else FakeSide(20.0))
-    monkeypatch.setattr(rounds.Comparison, "_short_of_memory", lambda self, name: False)
-    finish = rounds.Comparison._finish
+    monkeypatch.setattr(rounds.Turns, "_process", lambda self, name: baseline if name == "baseline" else FakeSide(20.0))
+    monkeypatch.setattr(rounds.Turns, "_short_of_memory", lambda self, name: False)
+    finish = rounds.Turns._finish
 
     def finish_then_end(self, name):
         finish(self, name)
         baseline.speed = -1.0
 
-    monkeypatch.setattr(rounds.Comparison, "_finish", finish_then_end)
+    monkeypatch.setattr(rounds.Turns, "_finish", finish_then_end)
     args = standalone.build_parser("").parse_args(["-o", str(tmp_path)])
     args.repeats, args.workload, args.bandwidth_gb_per_s = 6, Workload(repeats=6), 20.0
-    comparison = rounds.Comparison(args, tmp_path)
+    comparison = rounds.Turns(args, tmp_path)
     comparison.run(["int4+lean", "int8", "mixed_precision"])
     statuses = {name: record["status"] for name, record in comparison.records.items()}
     assert statuses == {"baseline": "failed", "int4+lean": "ok", "int8": "failed", "mixed_precision": "failed"}

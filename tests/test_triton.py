@@ -15,6 +15,7 @@ from conftest import logits_of, make_tiny, stepwise_logits
 from benchmark import new_cache
 from kernels import int4, int8, triton_products, triton_step
 from kernels.device_step import DeviceStep
+from kernels.half import bf16_linear_reference
 from kernels.kv_cache import RoomyLayer
 from kernels.step import add_rms_norm, attend_reference, rope_append, silu_mul
 from optimizations import head_pruning, kv_cache_quant, layer_pruning, lean_decode, mixed_precision, quantization
@@ -47,7 +48,7 @@ def test_they_compile_for_a_gpu(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_float_product(rows, n, k, dtype):
     x, weight = torch.randn(rows, k, device=DEVICE), torch.randn(n, k, device=DEVICE).to(dtype)
-    close(triton_products.float_product(x, weight), int8.bf16_linear_reference(x, weight))
+    close(triton_products.float_product(x, weight), bf16_linear_reference(x, weight))
 
 
 @pytest.mark.parametrize("rows,n,k", SHAPES)
