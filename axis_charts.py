@@ -34,7 +34,7 @@ def depth_speed(consolidated, records):
         if rival := next((r for r in records if r.get("steps") == _without_cache_technique(record)), None):
             name, theirs = label(rival), _intervals(lines[id(rival)])
         notes.append(
-            _crossover(label(record), name, {depth: (theirs[depth], ours[depth]) for depth in ours if depth in theirs})
+            _seen_by_depth(label(record), name, {depth: (theirs[depth], ours[depth]) for depth in ours if depth in theirs})
         )
     drawn = [*records, baseline_of(consolidated)]
     title, xlabel = "Decode speed-up by context depth", "tokens before the prompt"
@@ -116,7 +116,7 @@ def _intervals(speedups):
     return {depth: ends for depth, (_, ends) in speedups.items()}
 
 
-def _crossover(name, rival, speedups):
+def _seen_by_depth(name, rival, speedups):
     """At which depths the recipe is seen to be faster or slower than the same without its cache technique.
 
     `speedups` depth -> (the rival's interval, its own).

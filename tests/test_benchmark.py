@@ -85,11 +85,12 @@ def test_known_durations_are_read(monkeypatch):
     assert rates["decode_tokens_per_s"] == pytest.approx(3 * 4 / 0.4)
 
 
-def test_a_sleep_is_read_with_a_real_clock():
-    """Never less than was slept; how much more is up to whatever else this machine does."""
-    timings = [time_generation(Fake(0.02), prompt(1, 3), new_tokens=5) for _ in range(3)]
-    assert 0.06 <= min(timing.prefill_s for timing in timings) < 0.09
-    assert 0.08 <= min(timing.decode_s for timing in timings) < 0.12
+def test_sleep_is_read_within_three_percent():
+    """The same with a real clock: 20 ms a token reads as 50 tokens/s. The best of five, as others share this machine."""
+    timings = [time_generation(Fake(0.02), prompt(1, 3), new_tokens=5) for _ in range(5)]
+    assert min(timing.prefill_s for timing in timings) == pytest.approx(0.06, rel=0.03)
+    assert min(timing.decode_s for timing in timings) == pytest.approx(0.08, rel=0.03)
+    assert max(timing.rates(3)["decode_tokens_per_s"] for timing in timings) == pytest.approx(50, rel=0.03)
 
 
 def test_one_new_token_has_no_decode_rate():
