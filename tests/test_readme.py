@@ -45,7 +45,7 @@ def test_committed_charts_were_drawn_from_the_committed_numbers(folder):
 
 
 @pytest.mark.usefixtures("committed_results")
-@pytest.mark.parametrize("chart", ["peers/peers", "pruning/equal_bytes", "pruning/layer_costs"])
+@pytest.mark.parametrize("chart", ["peers/peers", "epyc-avx2-peers/peers", "pruning/equal_bytes", "pruning/layer_costs"])
 def test_committed_charts_with_a_file_of_their_own_too(chart):
     """Mend with: python -m peers.chart results/peers, or charts.draw_all_own("results/pruning")"""
     folder, name = (ROOT / "results" / chart).parent, chart.rpartition("/")[2]
