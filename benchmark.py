@@ -213,13 +213,15 @@ def streamed_bytes(model) -> int:
 
 
 def evidence(model) -> dict:
-    """What can be seen on the model: bytes by dtype, modules by kind, heads that are really there."""
+    """What can be seen on the model: bytes by dtype, modules by kind, heads that are really there, bits a weight where a
+    technique counted them."""
     by_dtype: Counter = Counter()
     for tensor in stored_tensors(model).values():
         by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.numel() * tensor.element_size()
     kinds = Counter(type(module).__name__ for module in model.modules() if "Linear" in type(module).__name__)
     attentions = [module for name, module in model.named_modules() if name.endswith("self_attn")]
-    return {
+    bits = getattr(model, "effective_bits", None)
+    return ({} if bits is None else {"effective_bits": bits}) | {
         "bytes_by_dtype": dict(by_dtype),
         "linear_kinds": dict(kinds),
         "query_heads": sum(attention.o_proj.in_features // attention.head_dim for attention in attentions),

@@ -85,7 +85,6 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
     """
     args = parser.parse_args(argv)
     try:
-        check_results_dir(Path(args.results_dir))
         depths, batch_sizes = args.depth or [DEFAULTS.depth], args.batch_size or [DEFAULTS.batch_size]
         args.workload = make_workload(args, depth=depths[0], batch_size=batch_sizes[0])
         if min(batch_sizes) < 1:
@@ -110,6 +109,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         args.config = models.load_config(args.source)
         if args.runs_workload:
             check_positions(args)
+        check_results_dir(Path(args.results_dir))  # last: a mistake in another flag leaves no empty folder
     except ValueError as error:
         fail(parser, error)
     args.threads = args.threads or devices.default_threads()

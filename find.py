@@ -227,8 +227,7 @@ class Finder:
     def _steps(self, choices) -> Steps:
         """As search.py has them, in the half precision asked for, calibrated briefly; a quick search rounds to nearest."""
         tune_steps = max(TUNE_STEPS.get(name, 0) for name in choices)
-        changes = {"quantization": {} if self.args.torch_device.type == "cpu" else {"scheme": "auto"},
-                   "int4": {"rounding": "nearest"} if self.args.quick else BRIEFLY | {"tune_steps": tune_steps},
+        changes = {"int4": {"rounding": "nearest"} if self.args.quick else BRIEFLY | {"tune_steps": tune_steps},
                    "mixed_precision": {"dtype": self.args.dtype} if self.args.dtype != "auto" else {}}  # fmt: skip
         return [(technique, options | changes.get(technique, {})) for technique, options in search.steps_of(choices)]
 

@@ -10,6 +10,7 @@ import functools
 import shutil
 import struct
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import gguf
@@ -27,6 +28,7 @@ TENSOR_NAMES = {
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
 REORDERED = ("q_proj.weight", "k_proj.weight")
 TOKENIZERS = CACHE / "tokenizers"
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -58,6 +60,15 @@ def load_tokenizer(path: Path, *, sha256: str):
     except OSError:
         pass  # it is there already, or nothing can be kept: the next one is made again
     return made
+
+
+def rounded_as(path: Path) -> str | None:
+    """The type most weights of the file were rounded to, e.g. Q4_1; None if they are floating point."""
+    sizes = Counter()
+    for tensor in _open(path).tensors:
+        sizes[tensor.tensor_type.name] += tensor.n_elements
+    (name, _), *_ = sizes.most_common(1)
+    return None if name in FLOATS else name
 
 
 def stored_weights(path: Path) -> StoredWeights:

@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 import models
-from benchmark import new_cache
+from benchmark import decode_steps, new_cache
 from devices import pick_device
 from streaming import takes_unread
 
@@ -45,16 +45,17 @@ class Inference:
 def generate_ids(model, input_ids: torch.Tensor, *, max_new_tokens: int, **generation_options) -> torch.Tensor:
     """Continue `input_ids` [B, P], greedy unless told otherwise; returns prompt and continuation, [B, P + new].
 
-    A model with a decode loop of its own (`model.greedy_steps`) decodes one sequence with it. Several sequences, and any
-    option (sampling, beams, penalties), go to transformers' `generate`, through the model's own KV cache.
+    One sequence is decoded by the loop that the benchmark times. Several sequences, and any option (sampling, beams,
+    penalties), go to transformers' `generate`, through the model's own KV cache.
     """
-    if hasattr(model, "greedy_steps") and len(input_ids) == 1 and not generation_options:
+    if len(input_ids) == 1 and not generation_options:
         return _generate_by_steps(model, input_ids, max_new_tokens=max_new_tokens)
     options = {"do_sample": False} | generation_options
     config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=model.generation_config.pad_token_id, **options)
     config.eos_token_id = model.generation_config.eos_token_id
     mask = torch.ones_like(input_ids)
-    return model.generate(input_ids, attention_mask=mask, past_key_values=new_cache(model), generation_config=config)
+    cache = new_cache(model, room=input_ids.shape[1] + max_new_tokens)
+    return model.generate(input_ids, attention_mask=mask, past_key_values=cache, generation_config=config)
 
 
 @torch.inference_mode()
@@ -67,7 +68,7 @@ def _generate_by_steps(model, input_ids: torch.Tensor, *, max_new_tokens: int) -
     first = logits[:, -1:].argmax(-1)
     ids, new = torch.cat((input_ids, first), 1), first[0].tolist()
     if new[0] not in ends:
-        for tokens, _ in model.greedy_steps(model, ids, cache, new_tokens=max_new_tokens - 1):
+        for tokens, _ in decode_steps(model)(model, ids, cache, new_tokens=max_new_tokens - 1):
             new += tokens[0].tolist()
             if end := next((place for place, token in enumerate(new, 1) if token in ends), None):
                 new = new[:end]

@@ -10,7 +10,7 @@ import torch
 import quality
 from benchmark import test_prompts
 from speculation import NEW_TOKENS
-from texts import load_text
+from texts import check_apart, load_text
 
 SUMMARIES = 4
 
@@ -59,6 +59,8 @@ def prepare(tokenizer, args, *, vocab_size: int) -> Inputs:
             f"{args.source.name} has {positions} positions"
         )
     text = load_text(text_file=args.text_file)
+    if args.text_file is not None:
+        check_apart(text)
     windows = quality.cut_windows(
         tokenizer(text.content).input_ids, windows=workload.quality_windows, window=workload.quality_window
     )

@@ -66,7 +66,11 @@ def find_model(name: str = "auto") -> ModelSource:
     if name == "tinyllama":
         return _find_hub(TINYLLAMA, name="tinyllama", revision=TINYLLAMA_REVISION)
     if name == "smollm2-135m":
-        return _checked(ModelSource(name, "gguf", str(carried_file(*SMOLLM2_GGUF, sha256=SMOLLM2_SHA256))))
+        try:
+            path = carried_file(*SMOLLM2_GGUF, sha256=SMOLLM2_SHA256)
+        except ValueError as error:
+            raise ValueError(f"--model {name}: {error}") from None
+        return _checked(ModelSource(name, "gguf", str(path)))
     if name == "tinyllama-random":
         return ModelSource(name, "random", "TinyLlama-1.1B architecture, seeded random weights")
     path = Path(name).expanduser()
@@ -107,12 +111,7 @@ def load_model(
     With `read` False the matrices stay in their file, for a technique that takes them from there (streaming.py).
     Raises ValueError, in one sentence, if the weights cannot be read; only safetensors and GGUF are.
     """
-    config = load_config(source)
-    try:
-        model = _with_weights(config, _stored_weights(source, config, seed=seed), device)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = _first_line(error)
-        raise ValueError(reason if reason.startswith("--model") else f"--model {source.name}: {reason}") from None
+    model = _unread_model(source, device, seed=seed)
     if source.kind in ("hub", "folder"):
         said = safetensors_model.generation_config(source.location, revision=source.revision)
         model.generation_config = said or model.generation_config
@@ -139,15 +138,17 @@ def load_tokenizer(source: ModelSource):
 
 
 def fetch_weights(source: ModelSource) -> None:
-    """See that the weights are there, downloading them if need be: a download is no part of a timed load.
+    """See that the weights are there and fit, downloading them if need be: a download is no part of a timed load.
 
-    Raises ValueError where there are none that can be read.
+    Raises ValueError, before anything is measured, where there are none that `load_model` could read.
     """
-    if source.kind in ("hub", "folder"):
-        try:
-            safetensors_model.files(source.location, source.revision)
-        except OSError as error:
-            raise ValueError(f"--model {source.name}: {_first_line(error)}") from None
+    if not source.random_weights:
+        _unread_model(source, "cpu", seed=0)
+
+
+def rounded_as(source: ModelSource) -> str | None:
+    """The type that the weights of a GGUF file were rounded to, e.g. Q4_1; None where they are floating point."""
+    return gguf_model.rounded_as(Path(source.location)) if source.kind == "gguf" else None
 
 
 def fingerprint(source: ModelSource) -> str | None:
@@ -195,6 +196,16 @@ def empty_model(config: LlamaConfig) -> LlamaForCausalLM:
         model = LlamaForCausalLM(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model
+
+
+def _unread_model(source: ModelSource, device: torch.device | str, *, seed: int) -> LlamaForCausalLM:
+    """The whole model with its matrices still in their file. Raises ValueError, in one sentence, like `load_model`."""
+    config = load_config(source)
+    try:
+        return _with_weights(config, _stored_weights(source, config, seed=seed), device)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = _first_line(error)
+        raise ValueError(reason if reason.startswith("--model") else f"--model {source.name}: {reason}") from None
 
 
 def _stored_weights(source: ModelSource, config: LlamaConfig, *, seed: int) -> StoredWeights:
@@ -268,12 +279,10 @@ def _checked(source: ModelSource) -> ModelSource:
 def _find_auto() -> ModelSource:
     try:
         return _find_hub(TINYLLAMA, name="tinyllama", revision=TINYLLAMA_REVISION, cached_file="model.safetensors")
-    except ValueError:
+    except ValueError as error:
+        reason = str(error).removeprefix("--model tinyllama: ")
         embedded = find_model("smollm2-135m")
-    notice = (
-        "TinyLlama is not in the Hub cache and the Hub cannot be reached: running the embedded SmolLM2-135M instead. "
-        "Its figures are its own, not TinyLlama's."
-    )
+    notice = f"{reason}: running the embedded SmolLM2-135M instead. Its figures are its own, not TinyLlama's."
     return ModelSource(embedded.name, embedded.kind, embedded.location, notice=notice)
 
 

@@ -21,31 +21,31 @@ from arguments import fail
 
 # The experiment on one screen: recipe -> (label, steps in order). The order of steps has a meaning: prune -> precision ->
 # weights -> cache. That of recipes says what a run that ends early still shows: the four techniques, then the best stack.
-LEAN, GROUPED, CALIBRATED = ("lean_decode", {}), {"scheme": "grouped"}, {"method": "calibrated"}
+LEAN, INT8, CALIBRATED = ("lean_decode", {}), ("quantization", {}), {"method": "calibrated"}
 RECIPES = {
     "mixed_precision": ("Mixed precision", [("mixed_precision", {})]),
-    "int8": ("Int8, grouped", [("quantization", GROUPED)]),
+    "int8": ("Int8", [INT8]),
     "int8_dynamic": ("Int8, per token, smoothed", [("quantization", {"scheme": "dynamic"})]),
     "int8_original": ("Int8, per token", [("quantization", {"scheme": "dynamic", "smoothing": 0.0})]),
     "int8_weight_only": ("Int8, weights only", [("quantization", {"scheme": "weight-only"})]),
     "int8_classic": ("Int8, torch's own (classic)", [("quantization", {"scheme": "classic"})]),
     "head_pruning": ("Head pruning by L2 norm", [("head_pruning", {})]),
     "kv_cache_int8": ("Int8 KV cache", [("kv_cache_quant", {})]),
-    "int8+lean": ("Int8 + lean", [("quantization", GROUPED), LEAN]),
+    "int8+lean": ("Int8 + lean", [INT8, LEAN]),
     "lean": ("Lean decode", [LEAN]),
     "half+kv8": ("Mixed precision + int8 KV", [("mixed_precision", {}), ("kv_cache_quant", {})]),
-    "prune+int8+kv8": ("Pruning + int8 + int8 KV", [("head_pruning", {}), ("quantization", {}), ("kv_cache_quant", {})]),
+    "prune+int8+kv8": ("Pruning + int8 + int8 KV", [("head_pruning", {}), INT8, ("kv_cache_quant", {})]),
     "half+lean": ("Mixed precision + lean", [("mixed_precision", {}), LEAN]),
-    "int8+lean+lookup": ("Int8 + lean + prompt lookup", [("quantization", GROUPED), LEAN, ("prompt_lookup", {})]),
-    "int8+kv8+lean": ("Int8 + int8 KV + lean", [("quantization", GROUPED), ("kv_cache_quant", {}), LEAN]),
+    "int8+lean+lookup": ("Int8 + lean + prompt lookup", [INT8, LEAN, ("prompt_lookup", {})]),
+    "int8+kv8+lean": ("Int8 + int8 KV + lean", [INT8, ("kv_cache_quant", {}), LEAN]),
     "int4+lean": ("Int4 + lean", [("int4", {}), LEAN]),
     "int4x6+lean": ("Int4 and int8, 6 bits + lean", [("int4", {"max_bits": 6.0}), LEAN]),
     "int4x7+lean": ("Int4 and int8, 7 bits + lean", [("int4", {"max_bits": 7.0}), LEAN]),
     "heads+int8+lean": (
         "Heads 25 %, calibrated, + int8 + lean",
-        [("head_pruning", CALIBRATED), ("quantization", GROUPED), LEAN],
+        [("head_pruning", CALIBRATED), INT8, LEAN],
     ),
-    "width+int8+lean": ("MLP width 10 % + int8 + lean", [("mlp_pruning", {}), ("quantization", GROUPED), LEAN]),
+    "width+int8+lean": ("MLP width 10 % + int8 + lean", [("mlp_pruning", {}), INT8, LEAN]),
 }
 # Measured only where asked for, by name or with `--recipes all`: they show why the others are as they are, or (GPTQ, smoothing,
 # pruning) calibrate for minutes.
@@ -53,6 +53,8 @@ ASKED_FOR = {
     "int8_dynamic", "int8_original", "int8_weight_only", "int8_classic", "lean", "int8+kv8+lean", "int4+lean", "int4x6+lean",
     "int4x7+lean", "heads+int8+lean", "width+int8+lean",
 }  # fmt: skip
+
+NEED_WORDS = {"int8_dynamic": "int8_original"}  # with random weights it would be the other under a false name
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -93,11 +95,14 @@ def recipe_names(args) -> list[str]:
     if args.recipes is None:
         return [] if args.stack else [name for name in RECIPES if name not in ASKED_FOR]
     if args.recipes == "all":
-        return list(RECIPES)
+        return [name for name in RECIPES if not (name in NEED_WORDS and args.source.random_weights)]
     names = [name.strip() for name in args.recipes.split(",")]
     unknown = [name for name in names if name not in RECIPES]
     if unknown:
         raise ValueError(f"--recipes {unknown[0]!r}: choose from all, {', '.join(RECIPES)}")
+    if args.source.random_weights and (wordless := NEED_WORDS.keys() & set(names)):
+        name = min(wordless)
+        raise ValueError(f"--recipes {name!r}: random weights have no words to smooth by; choose {NEED_WORDS[name]}")
     return names
 
 

@@ -29,7 +29,7 @@ AXES = {
     "weights": {
         "": [],
         "half": [("mixed_precision", {})],
-        "int8": [("quantization", {"scheme": "grouped"})],
+        "int8": [("quantization", {})],
         "int4-7bit": [("int4", {"max_bits": 7.0})],
         "int4-6bit": [("int4", {"max_bits": 6.0})],
         "int4-4.6bit": [("int4", {"max_bits": 4.6})],

@@ -31,6 +31,7 @@ NEWSGROUPS = ("gensim", "gensim/test/test_data/mini_newsgroup")
 NEWSGROUPS_SHA256 = "be0084ee9aded5eeefabea86bd23f0e5e3a743d9c1875aa1e47bc0728d6a5311"
 QUOTED = re.compile(r"^(\s*(\w{0,3}>|[#|:}])|In article|From article|.*(writes|wrote|said):\s*$).*\n?", re.MULTILINE)
 SIGNATURE = re.compile(r"\n--+ *\n.*", re.DOTALL)
+LONG_LINE = 120  # characters: nobody writes so many again by chance
 ASIDE = re.compile(r"<!--.*?-->|<ref[^<>]*/>|<ref.*?</ref>", re.DOTALL)  # comments and footnotes
 
 
@@ -49,7 +50,7 @@ class Text:
 def load_text(part: str = "evaluation", *, text_file: str | None = None) -> Text:
     """`evaluation` or `calibration` text. Raises ValueError, naming the flag, if there is none to be had.
 
-    `text_file` replaces the evaluation text; calibration text stays what it is, so the two cannot overlap.
+    `text_file` replaces the evaluation text; calibration text stays what it is, see `check_apart`.
     """
     if part not in ("evaluation", "calibration"):
         raise ValueError(f"unknown part {part!r}: choose evaluation or calibration")
@@ -57,6 +58,18 @@ def load_text(part: str = "evaluation", *, text_file: str | None = None) -> Text
         return _read_text_file(text_file)
     wikitext = _wikitext(part)
     return wikitext if wikitext is not None else _lee_news(part)
+
+
+def check_apart(text: Text) -> None:
+    """Raises ValueError, naming the flag, where a long line of the user's `text` is in one that techniques may learn from."""
+    lines = {line.strip() for line in text.content.splitlines()}
+    for known in calibration_texts():
+        shared = [line for line in known.content.splitlines() if len(line) >= LONG_LINE and line.strip() in lines]
+        if shared:
+            raise ValueError(
+                f"--text-file {text.name}: {len(shared)} lines of it are calibration text ({known.name}), which would flatter "
+                "techniques that learnt from it; choose another text"
+            )
 
 
 def calibration_texts() -> list[Text]:

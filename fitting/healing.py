@@ -39,7 +39,13 @@ def check(minutes: float) -> None:
 
 def add_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--heal-minutes", type=float, default=0.0, metavar="M",
-        help="then train towards the dense model's answers for so long (default: 0, no training)")  # fmt: skip
+        help="then train towards the dense model's answers for so long; measured untrained as well (default: 0)")  # fmt: skip
+
+
+def recipes(technique: str, options: dict) -> dict[str, list[tuple[str, dict]]]:
+    """The model as `technique` prunes it and, where training is asked for, trained: what recovery gains is seen apart."""
+    pruned = {technique: [(technique, options | {"heal_minutes": 0.0})]}
+    return pruned | ({f"{technique}_healed": [(technique, options)]} if options["heal_minutes"] else {})
 
 
 class Teacher:

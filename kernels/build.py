@@ -85,6 +85,11 @@ def cpu_variant() -> str:
     return torch.ops.tinyopt.cpu_variant()
 
 
+def cpu_note() -> str:
+    """What a record's notes say of the kernels on this CPU. Raises RuntimeError like `cpu_variant`."""
+    return f"C++ kernels, {cpu_variant()}" + ("" if "-fopenmp" in _flags() else ", in one thread (no OpenMP)")
+
+
 @cache
 def _load_once() -> str | None:
     try:

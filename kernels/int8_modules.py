@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from kernels.build import cpu_variant, gpu_kernels, load_kernels
+from kernels.build import cpu_note, gpu_kernels, load_kernels
 from kernels.device_int8 import serves
 from kernels.int8 import dequantize_groups, int8_linear, int8_weight_only_linear, pack, quantize_groups
 from kernels.packing import panel_rows, scale_rows
@@ -114,4 +114,4 @@ def kernel_note(device: torch.device, scheme: str) -> str:
         sample = torch.zeros(8, 8, dtype=torch.int8, device=device), torch.ones(8, 2 if scheme == "grouped" else 1)
         own = serves(scheme, *sample)
         return f"torch's own operator on {device.type}" if own else f"float32 products of expanded weights on {device.type}"
-    return load_kernels() or f"C++ kernels, {cpu_variant()}"
+    return load_kernels() or cpu_note()

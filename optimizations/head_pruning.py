@@ -19,7 +19,7 @@ Heads   Query heads that share a KV head form a group. By l2 and energy, heads a
         to KV head is kept. A KV head that nobody reads any more goes too, and the KV cache shrinks.
 Papers  Michel, Levy, Neubig: Are Sixteen Heads Really Better than One? https://arxiv.org/abs/1905.10650
         Kurtic, Frantar, Alistarh: ZipLM, structured pruning with the layer's inverse Hessian. https://arxiv.org/abs/2302.04089
-Writes  head_pruning_results.json beside the baseline's, and charts, in the results folder.
+Writes  head_pruning_results.json, and head_pruning_healed_results.json where it was trained, beside the baseline's, and charts.
 
     python optimizations/head_pruning.py
     python optimizations/head_pruning.py --method calibrated --model smollm2-135m
@@ -247,7 +247,7 @@ def main(argv: list[str] | None = None) -> int:
     calibration.add_text_flag(parser)
     args = cli.parse(parser, argv)
     options = {name: getattr(args, name) for name in ("prune_ratio", "mode", "method", "heal_minutes", "calibration_text")}
-    return experiment.run({"head_pruning": [("head_pruning", options)]}, args, parser=parser)
+    return experiment.run(healing.recipes("head_pruning", options), args, parser=parser)
 
 
 if __name__ == "__main__":

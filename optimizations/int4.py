@@ -39,6 +39,7 @@ import torch
 from torch import nn
 
 import cli
+import models
 from devices import fast_products
 from fitting import calibration
 from fitting.blockwise import STAGES, round_blockwise, stages_of
@@ -53,7 +54,6 @@ from kernels.int4 import GROUP_SIZES, nearest_change
 from kernels.int4_modules import Int4Linear, Int4Table
 from kernels.int8_modules import Int8Linear, Int8Table
 from kernels.modules import SharedTable, add_notes, check_not_lean, is_tied, replace_linears
-from models import set_parameter
 from streaming import read_weights, streams
 
 TABLE = "model.embed_tokens"
@@ -109,7 +109,7 @@ def apply(
 
     replace_linears(model, make)
     for name, weight in norms.items():
-        set_parameter(model, name, nn.Parameter(weight, requires_grad=False))
+        models.set_parameter(model, name, nn.Parameter(weight, requires_grad=False))
     table = Int8Table if TABLE in upgraded else Int4Table
     embedding = model.get_input_embeddings()
     model.set_input_embeddings(SharedTable(model.lm_head) if tied else table(embedding, group_size=group_size))
@@ -118,6 +118,8 @@ def apply(
     model.effective_bits = effective_bits(model)
     kinds = f"{len(upgraded)} of {layers + (not tied)} in int8" + (f" ({_summary(upgraded)})" if upgraded else "")
     notes.insert(0, f"int4 in groups of {group_size}, {rounding}: {model.effective_bits:.2f} bits a weight, {kinds}")
+    if grid := models.rounded_as(model.source) if getattr(model, "source", None) else None:
+        notes.append(f"the weights in the file had been rounded before, to {grid}: another grid than this one")
     add_notes(model, *notes)
     return model
 

@@ -26,7 +26,7 @@ import torch
 
 import cli
 from inference import Inference
-from kernels.build import cpu_variant, gpu_kernels, load_kernels
+from kernels.build import cpu_note, gpu_kernels, load_kernels
 from kernels.kv_cache import RoomyCache, RoomyLayer, use_cache
 from kernels.lean import LeanForward, use_lean_forward
 from kernels.modules import add_notes
@@ -62,7 +62,7 @@ def apply(model, *, kv_dtype: str = "bfloat16"):
         use_cache(model, CACHES[kv_dtype])
     how = "PyTorch twins"
     if model.device.type == "cpu":
-        how = load_kernels() or f"C++ kernels, {cpu_variant()}"
+        how = load_kernels() or cpu_note()
     elif model.device.type == "cuda":
         how = gpu_kernels() or "Triton kernels in a CUDA graph for few tokens, PyTorch's own for many"
     note = f"lean forward: {lean.fused} fused products, KV cache {model.make_cache.__name__}; {how}"

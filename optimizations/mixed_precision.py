@@ -25,7 +25,7 @@ import cli
 from devices import Unsupported, has_half_arithmetic
 from inference import Inference
 from kernels.attention import use_grouped_heads
-from kernels.build import cpu_variant, load_kernels
+from kernels.build import cpu_note, load_kernels
 from kernels.gated_mlp import use_gated_mlps
 from kernels.half import CastAfter, HalfLinear
 from kernels.modules import SharedTable, add_notes, check_not_lean, is_tied, replace_linears
@@ -76,7 +76,7 @@ def _choose(device: torch.device, dtype: str) -> tuple[torch.dtype, bool, str]:
     if device.type == "cpu":
         missing = load_kernels()
         if missing is None and half == torch.bfloat16:
-            return half, False, f"{name} weights, C++ kernels, {cpu_variant()}: activations stay float32 between layers"
+            return half, False, f"{name} weights, {cpu_note()}: activations stay float32 between layers"
         how += f"; {missing}" if missing else ""
     return half, native, how
 

@@ -12,7 +12,7 @@ Loses   Quality, like every removal, and more on text unlike what it learns from
         Width is removed 16 channels at a time: the kernels compute 16 output channels together (kernels/tiles.h), and
         a panel of gate_proj or up_proj that is not full would take as long as a full one.
 Paper   Kurtic, Frantar, Alistarh: ZipLM, structured pruning with the layer's inverse Hessian. https://arxiv.org/abs/2302.04089
-Writes  mlp_pruning_results.json beside the baseline's, and charts, in the results folder.
+Writes  mlp_pruning_results.json, and mlp_pruning_healed_results.json where it was trained, beside the baseline's, and charts.
 
     python optimizations/mlp_pruning.py
     python optimizations/mlp_pruning.py --prune-ratio 0.2 --heal-minutes 5 --model smollm2-135m
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     calibration.add_text_flag(parser)
     args = cli.parse(parser, argv)
     options = {name: getattr(args, name) for name in ("prune_ratio", "heal_minutes", "calibration_text")}
-    return experiment.run({"mlp_pruning": [("mlp_pruning", options)]}, args, parser=parser)
+    return experiment.run(healing.recipes("mlp_pruning", options), args, parser=parser)
 
 
 if __name__ == "__main__":

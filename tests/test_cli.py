@@ -8,11 +8,13 @@ import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import make_tiny
 from pipeline_model import save_tiny_model
+from safetensors.torch import load_file, save_file
 
 import cli
 import experiment
@@ -23,6 +25,7 @@ import stacks
 import texts
 from arguments import without_flags
 from benchmark import Workload
+from fitting import healing
 
 ROOT = Path(cli.__file__).parent
 TECHNIQUES = sorted(path.stem for path in (ROOT / "optimizations").glob("*.py") if path.stem != "__init__")
@@ -243,6 +246,50 @@ def test_a_folder_without_safetensors(refused, tmp_path):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     for module, *flags in (("baseline", "--quick"), ("pruning_curve", "--quick"), ("layer_costs",)):
         assert "only safetensors are read" in refused(["--model", model, *flags], module=module)
+
+
+@pytest.mark.parametrize("damage", ["cut", "a tensor is missing", "a tensor too many", "another shape"])
+def test_damaged_weights(refused, tmp_path, damage):
+    """Known from the files' headers before anything is measured; earlier results stay where they are."""
+    model, out = save_tiny_model(tmp_path / "model"), tmp_path / "out"
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:-1000])
+    else:
+        name = "model.layers.0.mlp.up_proj.weight"
+        other = {"a tensor too many": {"extra": torch.ones(2)}, "another shape": {name: tensors[name][1:].clone()}}
+        kept = tensors if damage != "a tensor is missing" else {key: tensors[key] for key in tensors if key != name}
+        save_file(kept | other.get(damage, {}), file)
+    out.mkdir()
+    (out / "baseline_results.json").write_text("{}")
+    assert "--model model" in refused(["--model", model, "--quick"])
+    assert [path.name for path in out.iterdir() if path.name[0] != "."] == ["baseline_results.json"]
+
+
+def test_random_weights_have_nothing_to_smooth_by(refused):
+    chosen = ["--model", "tinyllama-random", "--recipes", "int8,int8_dynamic"]
+    assert "choose int8_original" in refused(chosen, module="run_optimization")
+    args = SimpleNamespace(recipes="all", stack=[], source=models.find_model("tinyllama-random"))
+    assert set(run_optimization.RECIPES) - set(run_optimization.recipe_names(args)) == {"int8_dynamic"}
+
+
+@pytest.mark.parametrize("technique", ["head_pruning", "mlp_pruning"])
+def test_recovery_is_measured_apart(technique):
+    """Twice: pruned as without training, and trained."""
+    once, twice = (healing.recipes(technique, {"prune_ratio": 0.1, "heal_minutes": minutes}) for minutes in (0.0, 2.0))
+    assert once == {technique: [(technique, {"prune_ratio": 0.1, "heal_minutes": 0.0})]}
+    assert twice == once | {f"{technique}_healed": [(technique, {"prune_ratio": 0.1, "heal_minutes": 2.0})]}
+
+
+def test_a_text_that_techniques_learn_from(refused, tmp_path, monkeypatch):
+    """One long line of it is enough; other text is taken."""
+    known = texts.Text("a book", f"short\n{'word ' * 40}\n")
+    monkeypatch.setattr(texts, "calibration_texts", lambda: [known])
+    (tmp_path / "text.txt").write_text(f"Mine.\n{'word ' * 40}\nshort\n" * 50)
+    model = save_tiny_model(tmp_path / "model")
+    assert "calibration text (a book)" in refused(["--model", model, "--quick", "--text-file", tmp_path / "text.txt"])
+    texts.check_apart(texts.Text("text.txt", "short\n" + "other " * 40))
 
 
 def test_a_prompt_longer_than_the_models_positions(refused, tmp_path):

@@ -66,6 +66,34 @@ def test_descending_from_any_codes_never_raises_the_error():
     assert errors == sorted(errors, reverse=True) and errors[1] < errors[0]
 
 
+def test_descending_equals_trying_every_level():
+    """One code after another, its level being the one of sixteen with the least output error."""
+    weight, moments = make(6, 70)
+    codes, scale, minimum = quantize_int4(weight, 32)
+    expected = codes.clone()
+    for j in range(70):
+        tried = []
+        for level in range(16):
+            expected[:, j] = level
+            difference = weight - dequantize_int4(expected, scale, minimum, 32).double()
+            tried.append(((difference @ moments) * difference).sum(1))
+        expected[:, j] = torch.stack(tried).argmin(0)
+    assert torch.equal(descend(weight, moments.float(), codes, scale, minimum, 32), expected)
+
+
+def test_the_grid_equals_least_squares():
+    """Each row's scales and minimums as a solver finds them that knows nothing of groups: L^T (w - B u), H = L L^T."""
+    weight, moments = make(6, 96)
+    codes, scale, minimum = quantize_int4(weight, 32)
+    half = torch.linalg.cholesky(moments).T
+    groups = torch.eye(3, dtype=torch.float64).repeat_interleave(32, 0)
+    refitted = torch.cat(refit_grid(weight, moments, codes, scale, minimum, 32), 1)
+    for row in range(6):
+        of_grid = torch.cat([codes[row, :, None] * groups, groups], 1)
+        expected = torch.linalg.lstsq(half @ of_grid, half @ weight[row]).solution
+        torch.testing.assert_close(refitted[row].double(), expected, rtol=0.01, atol=0.01)
+
+
 def test_dead_inputs_and_constant_groups_do_no_harm():
     weight, moments = make(8, 96)
     moments[10], moments[:, 10] = 0, 0

@@ -11,9 +11,14 @@ from conftest import logits_of, make_tiny
 
 import benchmark
 import fitting.blockwise
+import models
 from fitting import calibration, calibration_cache
+from fitting.blockwise import RoundedLinear
+from fitting.gptq import gptq_refined
 from fitting.sensitivity import added_bits, choose_upgrades, loss_increases
+from kernels.int4 import dequantize_int4
 from kernels.int4_modules import Int4Linear
+from kernels.int8 import dequantize_groups, quantize_groups
 from kernels.int8_modules import Int8Linear
 from models import ModelSource
 from optimizations import head_pruning, int4, layer_pruning, quantization, smoothing
@@ -30,7 +35,8 @@ def calibrated(monkeypatch, tmp_path):
 
 def tiny(*args, random_weights=False, **kwargs):
     model = make_tiny(*args, **kwargs)
-    model.source = ModelSource("tiny", "random", "") if random_weights else SimpleNamespace(name="tiny", random_weights=False)
+    real = SimpleNamespace(name="tiny", kind="folder", random_weights=False)
+    model.source = ModelSource("tiny", "random", "") if random_weights else real
     return model
 
 
@@ -87,6 +93,34 @@ def test_gptq_keeps_more_than_rounding_to_nearest():
         return (logits_of(int4.apply(tiny(), int8_layers="none", tune_steps=0, **options), CALIBRATION) - exact).square().mean()
 
     assert error() < 0.8 * error(rounding="nearest")
+
+
+@torch.no_grad()
+def rounded_slowly(model, ids, group_size, damping):
+    """Codes of each linear layer by name: the whole model runs anew for each stage, as rounded by then."""
+    forms, seen = {}, []
+    stages = [[f"model.layers.{i}.{name}" for name in stage] for i in range(3) for stage in fitting.blockwise.STAGES]
+    for stage in [*stages, ["lm_head"]]:
+        handle = model.get_submodule(stage[0]).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, 1)))
+        model(ids)
+        handle.remove()
+        x = dequantize_groups(*quantize_groups(seen.pop(), group_size), group_size)
+        for name in stage:
+            linear = model.get_submodule(name)
+            forms[name] = gptq_refined(linear.weight, x.T @ x / len(x), group_size=group_size, damping=damping)
+            rounded = dequantize_int4(*forms[name], group_size)
+            model.set_submodule(name, RoundedLinear(linear, rounded, group_size, torch.float32))
+    return {name: codes for name, (codes, _, _) in forms.items()}
+
+
+def test_block_by_block_equals_the_whole_model_stage_by_stage(monkeypatch):
+    """Sums in another order move a code in a hundred; codes for the inputs of the dense model are others."""
+    monkeypatch.setattr(fitting.blockwise, "has_half_arithmetic", lambda *_: (False, ""))
+    model = tiny("three_a_group")
+    forms = fitting.blockwise.round_blockwise(model, CALIBRATION, group_size=32, damping=0.01, tied=False)
+    expected = rounded_slowly(model, CALIBRATION, 32, 0.01)
+    assert forms.keys() == expected.keys()
+    assert all((forms[name][0] != codes).float().mean() < 0.01 for name, codes in expected.items())
 
 
 def test_the_model_is_only_borrowed_while_it_is_walked():
@@ -204,6 +238,14 @@ def test_random_weights_come_as_near_the_bits_asked_for_as_others(bits, monkeypa
     monkeypatch.setenv("TINYOPT_NO_KERNELS", "1")  # whose panels are padded
     model = int4.apply(tiny("three_a_group", random_weights=True), max_bits=bits)
     assert bits - 0.7 < model.effective_bits <= bits
+
+
+def test_a_file_that_was_rounded_before_is_named(monkeypatch):
+    """And the bits of a weight are seen on the model, as evidence."""
+    model = tiny(random_weights=True)
+    monkeypatch.setattr(models, "rounded_as", lambda source: "Q4_1")
+    int4.apply(model, int8_layers="none")
+    assert "to Q4_1: another grid" in model.notes[-1] and benchmark.evidence(model)["effective_bits"] == model.effective_bits
 
 
 def test_works_after_smoothing_and_pruning(ids):

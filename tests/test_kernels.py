@@ -86,7 +86,9 @@ def test_int4_product_equals_its_twin(kernels, n, k, group):
 
 @pytest.mark.parametrize("n,k", SHAPES)
 def test_bf16_product_equals_its_twin(kernels, n, k):
-    for m in ROWS[:-2]:
+    for m in ROWS:
+        if too_slow(m, n, k, 64):
+            continue
         x, weight, _, bias, _ = make(m, n, k, None)
         half = weight.bfloat16() / 100
         expected = bf16_linear_reference(x, half, bias)

@@ -99,7 +99,7 @@ def test_only_int8_and_scales_are_kept(int8, ids):
         assert set(tensors) == {"keys", "values", "key_scales", "value_scales"}
         for name, tensor in tensors.items():
             assert tensor.dtype == (torch.float32 if name.endswith("scales") else torch.int8)
-            assert tensor.shape == ((2, heads, 32) if name.endswith("scales") else (2, heads, 32, 16)), "25 tokens and room"
+            assert tensor.shape == ((2, heads, 28) if name.endswith("scales") else (2, heads, 28, 16)), "25 tokens and room"
             assert tensor.untyped_storage().nbytes() == tensor.nbytes, "a view would keep more alive than is counted"
 
 
@@ -118,6 +118,19 @@ def test_bytes_against_a_default_cache(tiny, ids, dtype, saving):
     )
     assert cache_bytes(small) == small.nbytes == held
     assert 1 - held / full >= saving
+
+
+def test_bytes_while_it_grows(tiny):
+    """Without being told how long a text becomes, too: room to grow is little beside what int8 saves."""
+    model = apply(tiny("grouped", head_dim=64))
+    cache, width = new_cache(model), model.config.num_hidden_layers * 2 * model.config.num_key_value_heads * 64
+    with torch.inference_mode():
+        logits_of(model, torch.ones(1, 30, dtype=torch.long), cache)
+        for tokens in range(31, 200):
+            logits_of(model, torch.ones(1, 1, dtype=torch.long), cache)
+            assert cache.nbytes <= 0.6 * tokens * width * 2, f"{tokens} tokens in bf16"
+    told = generate_ids(model, torch.ones(2, 30, dtype=torch.long), max_new_tokens=50, return_dict_in_generate=True)
+    assert told.past_key_values.nbytes == 2 * 80 * model.config.num_hidden_layers * 2 * 2 * (64 + 4)
 
 
 def test_an_empty_cache_holds_nothing(int8):

