@@ -112,6 +112,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> arg
         check_results_dir(Path(args.results_dir))  # last: a mistake in another flag leaves no empty folder
     except ValueError as error:
         fail(parser, error)
+    except KeyboardInterrupt:  # while a Hub was asked, or a file hashed
+        print("interrupted before anything was measured", file=sys.stderr)
+        raise SystemExit(130) from None
     args.threads = args.threads or devices.default_threads()
     torch.set_num_threads(args.threads)
     if args.source.notice:

@@ -267,6 +267,17 @@ def test_damaged_weights(refused, tmp_path, damage):
     assert [path.name for path in out.iterdir() if path.name[0] != "."] == ["baseline_results.json"]
 
 
+def test_ctrl_c_while_a_model_is_looked_for(monkeypatch, capsys, tmp_path):
+    def interrupt(_name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "find_model", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module("baseline").main(["-o", str(tmp_path / "out")])
+    assert stop.value.code == 130 and "Traceback" not in capsys.readouterr().err
+    assert not (tmp_path / "out").exists(), "nothing is left behind"
+
+
 def test_random_weights_have_nothing_to_smooth_by(refused):
     chosen = ["--model", "tinyllama-random", "--recipes", "int8,int8_dynamic"]
     assert "choose int8_original" in refused(chosen, module="run_optimization")
