@@ -118,7 +118,8 @@ def apply(
     model.effective_bits = effective_bits(model)
     kinds = f"{len(upgraded)} of {layers + (not tied)} in int8" + (f" ({_summary(upgraded)})" if upgraded else "")
     notes.insert(0, f"int4 in groups of {group_size}, {rounding}: {model.effective_bits:.2f} bits a weight, {kinds}")
-    if grid := models.rounded_as(model.source) if getattr(model, "source", None) else None:
+    source = getattr(model, "source", None)
+    if source is not None and (grid := models.rounded_as(source)):
         notes.append(f"the weights in the file had been rounded before, to {grid}: another grid than this one")
     add_notes(model, *notes)
     return model
