@@ -23,7 +23,7 @@ from optimizations.prompt_lookup import apply, check, find_draft
 
 
 def with_source(model):
-    model.source = SimpleNamespace(name="tiny", random_weights=False)
+    model.source = SimpleNamespace(name="tiny", kind="folder", random_weights=False)
     return model
 
 
