@@ -129,8 +129,8 @@ def test_bytes_while_it_grows(tiny):
         for tokens in range(31, 200):
             logits_of(model, torch.ones(1, 1, dtype=torch.long), cache)
             assert cache.nbytes <= 0.6 * tokens * width * 2, f"{tokens} tokens in bf16"
-    told = generate_ids(model, torch.ones(2, 30, dtype=torch.long), max_new_tokens=50, return_dict_in_generate=True)
-    assert told.past_key_values.nbytes == 2 * 80 * model.config.num_hidden_layers * 2 * 2 * (64 + 4)
+    told = generate_ids(model, torch.ones(2, 30, dtype=torch.long), max_new_tokens=51, return_dict_in_generate=True)
+    assert told.past_key_values.nbytes == 2 * 81 * model.config.num_hidden_layers * 2 * 2 * (64 + 4)
 
 
 def test_an_empty_cache_holds_nothing(int8):
