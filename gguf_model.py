@@ -28,7 +28,6 @@ TENSOR_NAMES = {
     "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj", "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
 }  # fmt: skip
-FLOATS = ("F64", "F32", "F16", "BF16")
 REORDERED = ("q_proj.weight", "k_proj.weight")
 TOKENIZERS = CACHE / "tokenizers"
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -64,11 +63,12 @@ def load_tokenizer(path: Path, *, sha256: str):
 
 def rounded_as(path: Path) -> str | None:
     """The type most weights of the file were rounded to, e.g. Q4_1; None if they are floating point."""
-    sizes = Counter()
+    weights = Counter()
     for tensor in _open(path).tensors:
-        sizes[tensor.tensor_type.name] += tensor.n_elements
-    (name, _), *_ = sizes.most_common(1)
-    return None if name in FLOATS else name
+        weights[tensor.tensor_type] += int(tensor.n_elements)
+    kind = max(weights, key=weights.get)
+    numbers_in_a_block, _ = gguf.GGML_QUANT_SIZES[kind]
+    return kind.name if numbers_in_a_block > 1 else None
 
 
 def stored_weights(path: Path) -> StoredWeights:

@@ -33,7 +33,7 @@ from peers import chart, standalone
 from peers.contenders import PEERS
 from peers.rounds import BASELINE, Turns
 from readings import times
-from run_optimization import RECIPES
+from run_optimization import NEED_WORDS, RECIPES
 from store import read_json, validate
 
 DEFAULT_RECIPES = ("half+lean", "int8+lean", "int4+lean")  # the fastest of ours at each width
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", "-r", type=int, default=9, help="rounds of each group (default: %(default)s)")
     args = standalone.parse(parser, argv)
     names = []
-    for flag, known in (("recipes", RECIPES), ("peers", PEERS)):
+    for flag, known in (("recipes", [name for name in RECIPES if name not in NEED_WORDS]), ("peers", PEERS)):
         chosen = [name for name in getattr(args, flag).split(",") if name]
         for name in chosen:
             if name not in known:

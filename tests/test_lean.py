@@ -100,22 +100,22 @@ def test_beyond_the_positions_it_is_transformers_own(ids, path):
 
 @pytest.mark.parametrize(("recipe", "most"), [("float32", 1e-5), ("weight_only", 1e-4), ("int8", 0.015), ("int4", 0.015)])
 def test_a_batch_of_nine_at_depth(recipe, most, path):
-    """45 rows at depth 190: the loops for many rows, in a whole layer as one operator, against transformers' own pass. Inputs
-    that are rounded fall to the other side now and then, in one of 1,710 tokens before at the latest."""
+    """45 rows at depth 190: the loops for many rows, in a whole layer as one operator, against transformers' own pass. Of
+    the inputs that are rounded, among 1,710 tokens before, some fall to the other side."""
     ids = torch.randint(1, VOCABULARY, (9, 195), generator=torch.Generator().manual_seed(3))
     model = RECIPES[recipe](make_tiny("three_a_group"))
-    expected = stepwise(model, ids, DynamicCache(config=model.config))
+    expected = last_five(model, ids, DynamicCache(config=model.config))
     lean = apply(model, kv_dtype="float32")
     for threads in (1, 2):
         torch.set_num_threads(threads)
         try:
-            difference = (stepwise(lean, ids, new_cache(lean)) - expected).abs()
+            difference = (last_five(lean, ids, new_cache(lean)) - expected).abs()
         finally:
             torch.set_num_threads(1)
         assert difference.mean() < most < 0.01 * expected.std()
 
 
-def stepwise(model, ids, cache):
+def last_five(model, ids, cache):
     """Logits of the last five of `ids`, the others fed before."""
     logits_of(model, ids[:, :-5], cache)
     return logits_of(model, ids[:, -5:], cache)

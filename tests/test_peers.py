@@ -134,7 +134,14 @@ def test_every_peer_has_a_model_that_can_be_built():
 
 
 @pytest.mark.parametrize(
-    "flags", [["--peers", "vllm"], ["--recipes", "magic"], ["--repeats", "0"], ["-p", "2000", "-n", "100"]]
+    "flags",
+    [
+        ["--peers", "vllm"],
+        ["--recipes", "magic"],
+        ["--recipes", "int8_dynamic"],
+        ["--repeats", "0"],
+        ["-p", "2000", "-n", "100"],
+    ],
 )
 def test_bad_arguments_end_in_one_sentence(flags, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
